@@ -1,0 +1,50 @@
+# Every command of the project. `make serve` and `make test` need Python 3.11 or newer and make .venv themselves.
+
+PY := .venv/bin/python
+CODE := $(wildcard service model training benchmarks tests)
+
+# Passed on only when given to make: some shells and conda export HOST, some platforms PORT.
+given = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
+
+.NOTPARALLEL:
+.PHONY: help serve test train lint bench prove no-python
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  ARGS='...' is handed to the program behind a command, PYTHON=/path/to/python3.12 makes .venv with that Python,"
+	@echo "  TORCH=cpu installs the small PyTorch without CUDA (Linux; heeded when PyTorch is first installed)."
+
+serve: .venv/serve.stamp ## serve the model on http://127.0.0.1:8000 (PORT=9000 HOST=0.0.0.0 CHECKPOINT=DIR)
+	@exec $(PY) -m service $(call given,HOST,host) $(call given,PORT,port) $(call given,CHECKPOINT,checkpoint) $(ARGS)
+
+test: .venv/test.stamp ## run the tests, and list what was skipped and why
+	@exec $(PY) -m pytest $(ARGS)
+
+train: .venv/train.stamp ## train a model in five minutes (ARGS='--preset shakespeare' for the shipped one)
+	@exec $(PY) -m training train --preset quick $(ARGS)
+
+lint: .venv/lint.stamp ## ruff, mypy, the import direction, Dockerfile and docker-compose.yml
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy $(CODE)
+	@PYTHONPATH=. .venv/bin/lint-imports
+	@.venv/bin/hadolint Dockerfile
+	@.venv/bin/docker-compose -f docker-compose.yml config --quiet
+
+bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
+	@exec $(PY) -m benchmarks $(ARGS)
+
+# A run of a part (ARGS='-k kill') shows its scoreboard and leaves the written record alone.
+prove: .venv/test.stamp ## every claim at full size, on a scoreboard and in docs/evidence.md
+	@exec $(PY) -m pytest -q -o console_output_style=classic --prove $(or $(ARGS),--evidence docs/evidence.md)
+
+.venv/serve.stamp: NEEDS := run
+.venv/train.stamp: NEEDS := run train
+.venv/test.stamp: NEEDS := run train test
+.venv/lint.stamp: NEEDS := run train test tools
+
+# A .venv whose Python went away with a system upgrade is made anew, whatever its stamps say.
+.venv/%.stamp: pyproject.toml constraints.txt $(if $(realpath $(PY)),,no-python)
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' bash scripts/install.sh $(NEEDS)
+	@touch $@

@@ -1,0 +1,48 @@
+"""What any test may ask for beside its scale and a place for its evidence: the corpus, a browser."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from training.corpora import Corpus
+
+# Before anything imports torch: the models here are too small to share between threads, and the spinning threads of a
+# test and of the servers that it starts would only keep each other waiting.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+pytest_plugins = ["tests.skips", "tests.evidence"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The same examples on every run, no matter how busy the machine; a proof looks further.
+    full = config.getoption("--prove")
+    settings.register_profile("moescope", deadline=None, derandomize=not full, max_examples=1000 if full else 50)
+    settings.load_profile("moescope")
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Corpus:
+    """Tiny Shakespeare: 1,003,854 characters in `train`, 111,540 in `validation`."""
+    from training import corpora  # here, so that tests of the service never import training
+
+    try:
+        return corpora.load("tinyshakespeare")
+    except corpora.CorpusUnavailable as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of a Chromium to drive with Playwright's `executable_path`."""
+    found = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
+    path = next(filter(None, found), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
+    return path

@@ -1,0 +1,197 @@
+"""What a stranger's machine needs: pins that cover everything, one-line refusals, an image with nothing extra in it."""
+
+import fnmatch
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+
+
+def groups() -> dict[str, list[Requirement]]:
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    return {name: [Requirement(line) for line in lines] for name, lines in named.items()}
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def installed_for(requirements: list[Requirement]) -> dict[str, str]:
+    """Name and version of every installed distribution that the requirements reach, themselves included."""
+    found: dict[str, str] = {}
+    waiting = [(canonicalize_name(each.name), frozenset(each.extras)) for each in requirements]
+    seen = set(waiting)
+    while waiting:
+        name, extras = waiting.pop()
+        distribution = importlib.metadata.distribution(name)
+        found[name] = Version(distribution.version).public
+        needed = map(Requirement, distribution.requires or [])
+        wanted = [r for r in needed if not r.marker or any(r.marker.evaluate({"extra": e}) for e in extras | {""})]
+        fresh = {(canonicalize_name(r.name), frozenset(r.extras)) for r in wanted} - seen
+        seen |= fresh
+        waiting += fresh
+    return found
+
+
+def test_everything_that_is_installed_has_its_exact_version_in_the_constraints() -> None:
+    needed = groups()
+    installed = installed_for(needed["run"] + needed["train"] + needed["test"])
+    pinned = pins()
+    assert {name: pinned.get(name) for name in installed} == installed
+
+
+def test_every_pin_satisfies_its_dependency_group_and_names_no_build() -> None:
+    pinned = pins()
+    for requirement in [each for group in groups().values() for each in group]:
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+    assert not [version for version in pinned.values() if "+" in version]
+
+
+def test_serving_installs_nothing_for_training_or_tests() -> None:
+    served = installed_for(groups()["run"])
+    assert not {"tensorboard", "matplotlib", "rich", "pytest", "transformers", "playwright"} & set(served)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout without its code and .venv: all that `make` reads before anything of ours runs."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "scripts"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    return tmp_path
+
+
+def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "PIP_"))}
+    return subprocess.run(
+        ["make", *arguments], cwd=checkout, env=inherited | environment, capture_output=True, text=True, timeout=100
+    )
+
+
+def our_words(made: subprocess.CompletedProcess[str]) -> list[str]:
+    """What was said on stderr, less the trailer that make adds after any command that failed."""
+    assert made.returncode == 2
+    return [line for line in made.stderr.splitlines() if not line.startswith("make: ***")]
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_make_alone_lists_every_command(checkout: Path) -> None:
+    listed = re.findall(r"^  make (\w+)", make(checkout).stdout, re.MULTILINE)
+    assert set(listed) == {"help", "serve", "test", "train", "lint", "bench", "prove"}
+
+
+def test_an_old_python_is_refused_in_one_line(checkout: Path) -> None:
+    old = script(checkout / "python3.9", "echo 3.9")
+    (line,) = our_words(make(checkout, "serve", f"PYTHON={old}"))
+    assert "needs Python 3.11 or newer" in line
+    assert f"{old} is 3.9" in line
+    assert not (checkout / ".venv").exists()
+
+
+def test_a_python_that_does_not_run_is_refused_in_one_line(checkout: Path) -> None:
+    (line,) = our_words(make(checkout, "test", "PYTHON=/nowhere/python3"))
+    assert "/nowhere/python3 does not run" in line
+    assert "make serve PYTHON=" in line
+
+
+def test_a_python_without_its_venv_module_is_refused_in_one_line(checkout: Path) -> None:
+    # Debian's python3 without python3-venv is a Python that cannot import ensurepip.
+    (checkout / "ensurepip.py").write_text("raise ImportError('not on this machine')")
+    bare = script(checkout / "python3", f'PYTHONPATH="{checkout}" exec "{sys.executable}" "$@"')
+    (line,) = our_words(make(checkout, "serve", f"PYTHON={bare}"))
+    assert "has no venv module" in line
+    assert "apt install python3-venv" in line
+
+
+def test_no_network_is_told_in_one_line_and_a_second_run_can_go_on(checkout: Path) -> None:
+    nobody_listens = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", "PIP_CONFIG_FILE": os.devnull}
+    for _ in range(2):
+        made = make(checkout, "serve", f"PYTHON={sys.executable}", PIP_NO_CACHE_DIR="1", **nobody_listens)
+        (line,) = our_words(made)
+        assert "The package index cannot be reached" in line
+        assert ".venv/install.log" in line
+    assert "Making .venv" not in made.stdout
+    assert not (checkout / ".venv/serve.stamp").exists()
+
+
+def test_host_and_port_reach_the_service_only_from_the_command_line(checkout: Path) -> None:
+    def command(*arguments: str) -> str:
+        return make(checkout, "-n", "-o", ".venv/serve.stamp", "serve", *arguments, HOST="conda", PORT="1").stdout
+
+    assert command().split() == ["exec", ".venv/bin/python", "-m", "service"]
+    assert command("PORT=9000", "ARGS=--slots 4").split()[-4:] == ["--port", "'9000'", "--slots", "4"]
+
+
+def image_sources() -> set[str]:
+    copies = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    return {source for line in copies for source in line.split()}
+
+
+def test_the_image_holds_the_service_the_model_and_checkpoints_only() -> None:
+    assert image_sources() == {"service", "model", "checkpoints", "pyproject.toml", "constraints.txt"}
+
+
+def test_the_build_context_holds_what_the_image_copies_and_no_more() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert lines[0] == "*"
+    assert {line[1:] for line in lines if line.startswith("!")} == image_sources()
+
+
+def test_checkpoints_are_kept_byte_for_byte_by_git() -> None:
+    names = ["checkpoints/shakespeare/tokenizer.json", "checkpoints/shakespeare/model.safetensors"]
+    git = ["git", "-C", str(ROOT), "check-attr", "text", "--", *names]
+    told = subprocess.run(git, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.rpartition(": ")[2] for line in told] == ["unset", "unset"]
+
+
+def test_git_ignores_what_running_and_training_leave_behind() -> None:
+    left = ["x/.venv", "data/tinyshakespeare.txt", "runs/quick/step-1", "model/__pycache__/a.pyc"]
+    patterns = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    assert all(any(fnmatch.fnmatch(part, p) for part in Path(path).parts for p in patterns) for path in left)
+
+
+@pytest.fixture(scope="module")
+def composed() -> dict[str, object]:
+    compose = shutil.which("docker-compose", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if compose is None:
+        pytest.skip("docker-compose comes with the linters: make lint")
+    command = [compose, "-f", str(ROOT / "docker-compose.yml"), "config", "--format", "json"]
+    rendered = subprocess.run(command, capture_output=True, text=True, check=True)
+    service: dict[str, object] = json.loads(rendered.stdout)["services"]["service"]
+    return service
+
+
+def test_compose_publishes_the_port_on_this_machine_only(composed: dict[str, object]) -> None:
+    ports = composed["ports"]
+    assert isinstance(ports, list)
+    assert [(port["host_ip"], port["published"], port["target"]) for port in ports] == [("127.0.0.1", "8000", 8000)]
+
+
+def test_compose_gives_the_service_no_more_rights_than_it_needs(composed: dict[str, object]) -> None:
+    assert composed["read_only"] is True
+    assert composed["cap_drop"] == ["ALL"]
+    assert composed["security_opt"] == ["no-new-privileges:true"]
+    assert composed["tmpfs"] == ["/tmp"]
+
+
+def test_compose_waits_longer_than_the_service_drains(composed: dict[str, object]) -> None:
+    assert composed["stop_grace_period"] == "40s"  # --grace-s is 30
