@@ -1,0 +1,70 @@
+"""The whole network: embedding, layers of attention and mixture of experts, head. Knows no files and no sampling.
+
+Letters: B batch, T time, C channels, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Attend, Attention, Rotary, attend_in_window
+from model.config import ModelConfig
+from model.experts import SparseMoE
+from model.router import Routing
+
+AttendIn = Callable[[int], Attend]
+"""layer -> how that layer attends"""
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and pre-norm mixture of experts, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.moe_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.moe = SparseMoE(config.hidden_size, config.num_experts, config.experts_per_token, config.expert_size)
+
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> tuple[Tensor, Routing]:
+        """x (B, T, C) -> (B, T, C) and the routing of its B * T tokens."""
+        x = x + self.attention(self.attention_norm(x), rotary, attend)
+        update, routing = self.moe(self.moe_norm(x))
+        return x + update, routing
+
+
+class Transformer(nn.Module):
+    """A decoder-only sparse mixture-of-experts language model, as ``ModelConfig`` describes it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = cast("Sequence[Layer]", nn.ModuleList(Layer(config) for _ in range(config.num_layers)))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, list[Routing]]:
+        """A whole text at once, uncached. ids (B, T) -> logits (B, T, V) and the routing of each layer."""
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        attend = attend_in_window(self.config.context_length, ids.shape[1], ids.device)
+        hidden, routings = self.hidden(ids, positions[None], lambda layer: attend)
+        return self.head(hidden), routings
+
+    def hidden(self, ids: Tensor, positions: Tensor, attend_in: AttendIn) -> tuple[Tensor, list[Routing]]:
+        """The final normed states of some tokens: ids and positions (B or 1, T) -> (B, T, C), routing per layer."""
+        x = self.embedding(ids)
+        rotary = Rotary.at(positions, self.config.head_dim, self.config.rope_theta)
+        routings = []
+        for index, layer in enumerate(self.layers):
+            x, routing = layer(x, rotary, attend_in(index))
+            routings.append(routing)
+        return self.norm(x), routings

@@ -1,0 +1,67 @@
+"""Small checkpoints for tests: random weights of a fixed seed in every shape, written by the real code."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import checkpoint
+from model.config import ModelConfig
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+from training import record
+from training.initialise import initialise, is_zero_at_first
+
+# The 65 characters of tiny Shakespeare.
+CHARACTERS = "\n !$&',-.3:;?" + string.ascii_letters
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_layers": 3,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 32,
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "expert_size": 32,
+    "context_length": 32,
+}
+
+
+def tiny_model(seed: int = 0, **overrides: Any) -> Transformer:
+    """A model in which every part matters: nothing is zero, and no expert is idle."""
+    model = Transformer(ModelConfig(**{**TINY, "vocab_size": len(CHARACTERS), **overrides}))
+    initialise(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if is_zero_at_first(name):
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    return model
+
+
+def tiny_files(model: Transformer) -> dict[str, bytes]:
+    """The files of a checkpoint of a model, as training writes them."""
+    facts = {
+        "config": {},
+        "corpus": {"name": "none", "sha256": {}},
+        "steps": 0,
+        "tokens": 0,
+        "seconds": 0.0,
+        "loss_curve": [],
+        "milestones": {},
+        "validation_loss": None,
+        "validation_windows": 0,
+        "routing_baseline": [[1 / model.config.num_experts] * model.config.num_experts] * model.config.num_layers,
+        "max_load": 1.0,
+    }
+    return record.serving_files(record.as_served(model), Tokenizer.of_characters(CHARACTERS), facts)
+
+
+def tiny_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """Write a small checkpoint to a new folder."""
+    checkpoint.save(folder, tiny_files(tiny_model(seed, **overrides)))
+    return folder
