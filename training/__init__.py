@@ -1,0 +1,1 @@
+"""Offline training: corpus to checkpoint folder. The service never imports it."""

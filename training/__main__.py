@@ -1,0 +1,176 @@
+"""``python -m training train | evaluate | sample | export``"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training import config as configs
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.corpora import Corpus
+
+RUNS = Path("runs")
+
+# glibc returns large blocks to the kernel at once and zeroes them again at the next step; keeping them makes training a
+# fifth faster. The variables are read when a process starts, so training starts itself once more with them.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "134217728"}
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    try:
+        return int(arguments.command(arguments) or 0)
+    except KeyboardInterrupt:
+        return 130
+    except tuple(_expected_errors()) as error:
+        print(f"{error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train and examine Moescope's models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="a preset and flags in, checkpoint folders out")
+    train.set_defaults(command=_train)
+    train.add_argument("--preset", default="quick", help=f"one of {', '.join(configs.preset_names())}")
+    train.add_argument("--run", help="name of the folder below runs/ (default: the preset's name)")
+    train.add_argument("--resume", action="store_true", help="go on from the run's newest whole checkpoint")
+    train.add_argument("--data", type=Path, help="a text file to train on instead of the corpus")
+    train.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    configs.add_flags(train)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="loss over exact windows, loss while streaming, load of the experts"
+    )
+    evaluate.set_defaults(command=_evaluate)
+    _add_checkpoint(evaluate)
+    evaluate.add_argument("--corpus", default="tinyshakespeare", help="whose validation text is scored")
+    evaluate.add_argument("--data", type=Path, help="a text file whose last tenth is scored instead")
+
+    sample = commands.add_parser("sample", help="print text")
+    sample.set_defaults(command=_sample)
+    _add_checkpoint(sample)
+    sample.add_argument("prompt", nargs="?", default="")
+    sample.add_argument("--length", type=int, default=500, metavar="TOKENS")
+    sample.add_argument("--temperature", type=float, default=0.8)
+    sample.add_argument("--top-k", type=int, default=0)
+    sample.add_argument("--top-p", type=float, default=1.0)
+    sample.add_argument("--seed", type=int, default=None)
+
+    export = commands.add_parser("export", help="copy what serving needs of a run's checkpoint into a new folder")
+    export.set_defaults(command=_export)
+    export.add_argument("source", type=Path)
+    export.add_argument("target", type=Path)
+    return parser
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"))
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    _with_patient_malloc()
+    from training.trainer import Trainer
+
+    config = configs.from_preset(arguments.preset, configs.flag_values(arguments))
+    run = RUNS / (arguments.run or arguments.preset)
+    corpus = _corpus(arguments.data, config.corpus)
+    if not arguments.resume and any(run.glob("step-*")):
+        raise configs.BadConfig(f"{run} has checkpoints already; add --resume to go on, or name another with --run")
+    start = Trainer.resume if arguments.resume else Trainer
+    trainer = start(config, corpus, run, _device(arguments.device))
+    shape = trainer.model.config
+    print(
+        f"{shape.num_parameters:,} parameters, {shape.num_active_parameters:,} at work per token; "
+        f"{config.steps} steps of {trainer.tokens_per_step:,} tokens on {trainer.model.device}; saving to {run}/",
+        flush=True,
+    )
+    folder = trainer.train()
+    if trainer.history.step < config.steps:
+        print(f"stopped at step {trainer.history.step}; go on with the same line and --resume")
+    print(f"serve it:  make serve CHECKPOINT={folder}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from model import checkpoint
+    from training.evaluate import evaluate, stream_loss
+
+    loaded = checkpoint.load(arguments.checkpoint, _device(arguments.device))
+    text = _corpus(arguments.data, arguments.corpus).validation
+    ids = torch.tensor(loaded.tokenizer.encode(text), device=loaded.model.device)
+    result = evaluate(loaded.model, ids)
+    print(f"validation loss  {result.loss:.4f} nats per token over {result.num_windows} windows")
+    print(f"while streaming  {stream_loss(loaded.model, ids):.4f} nats per token over {len(ids) - 1:,} tokens")
+    balance = f"busiest {result.max_load:.2f} x the mean, entropy {result.min_entropy:.4f}, {result.num_idle} idle"
+    print(f"experts          {balance}")
+    for layer, shares in enumerate(result.shares):
+        print(f"  layer {layer}  " + "  ".join(f"{share:6.1%}" for share in shares))
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from model import checkpoint
+    from training.sample import stream
+
+    loaded = checkpoint.load(arguments.checkpoint, _device(arguments.device))
+    prompt_ids = loaded.tokenizer.encode(arguments.prompt or "\n")
+    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
+    print(arguments.prompt, end="", flush=True)
+    for token_id in stream(
+        loaded.model,
+        prompt_ids,
+        arguments.length,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=seed,
+    ):
+        print(loaded.tokenizer.decode([token_id]), end="", flush=True)
+    print()
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from training import runs
+
+    runs.export(arguments.source, arguments.target)
+    print(f"serve it:  make serve CHECKPOINT={arguments.target}")
+
+
+def _corpus(data: Path | None, name: str) -> Corpus:
+    from training import corpora
+
+    return corpora.from_file(data) if data else corpora.load(name)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _with_patient_malloc() -> None:
+    if not MALLOC.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, "-m", "training", *sys.argv[1:]], {**os.environ, **MALLOC})
+
+
+def _expected_errors() -> list[type[Exception]]:
+    from model.checkpoint import CheckpointError
+    from model.tokenizer import UnknownCharacters
+    from training.corpora import CorpusUnavailable
+    from training.runs import NothingToResume
+
+    return [configs.BadConfig, CheckpointError, CorpusUnavailable, NothingToResume, UnknownCharacters, FileExistsError]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

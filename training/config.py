@@ -1,0 +1,101 @@
+"""What a run is told: a TOML preset, then flags. Bad values are refused before any work starts."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig, UnsupportedConfig
+
+PRESETS = Path(__file__).parent / "presets"
+SHAPE_FIELDS = tuple(f.name for f in fields(ModelConfig) if f.name != "vocab_size")
+
+
+class BadConfig(ValueError):
+    """A preset or a flag asks for something that cannot be. One sentence."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One run. Lengths are in tokens, rates are peaks; ``shape`` holds ModelConfig's fields but for the vocabulary."""
+
+    corpus: str = "shakespeare"
+    steps: int = 1000
+    batch_size: int = 24
+    seed: int = 1
+    matrix_learning_rate: float = 0.02
+    embedding_learning_rate: float = 0.008
+    head_learning_rate: float = 0.004
+    weight_decay: float = 0.1
+    warmup_steps: int = 30
+    warmdown_share: float = 0.6
+    balance_weight: float = 0.01
+    z_weight: float = 0.001
+    evaluate_every: int = 100
+    shape: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "evaluate_every"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("matrix_learning_rate", "weight_decay", "warmup_steps", "balance_weight", "z_weight"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        _require(0 <= self.warmdown_share <= 1, f"warmdown_share is {self.warmdown_share}; it must be between 0 and 1")
+        self.model_config(vocab_size=1)
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        try:
+            return ModelConfig(vocab_size=vocab_size, **self.shape)
+        except (UnsupportedConfig, TypeError) as error:
+            raise BadConfig(str(error)) from None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def from_preset(name: str, overrides: dict[str, Any]) -> TrainingConfig:
+    """A preset with some values replaced. Raises BadConfig."""
+    path = PRESETS / f"{name}.toml"
+    if not path.is_file():
+        raise BadConfig(f"there is no preset {name!r}; choose one of {', '.join(preset_names())}")
+    return replaced(from_dict(tomllib.loads(path.read_text())), overrides)
+
+
+def from_dict(values: dict[str, Any]) -> TrainingConfig:
+    try:
+        return TrainingConfig(**values)
+    except TypeError as error:
+        raise BadConfig(f"the preset has an unknown value: {error}") from None
+
+
+def replaced(config: TrainingConfig, overrides: dict[str, Any]) -> TrainingConfig:
+    shape = {**config.shape, **{name: overrides[name] for name in SHAPE_FIELDS if name in overrides}}
+    rest = {name: value for name, value in overrides.items() if name not in SHAPE_FIELDS}
+    return replace(config, shape=shape, **rest)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for every value of a run; a flag that is absent leaves the preset's value."""
+    defaults = {
+        **{f.name: f.default for f in fields(TrainingConfig)},
+        **{f.name: f.default for f in fields(ModelConfig)},
+    }
+    for name in [*(f.name for f in fields(TrainingConfig) if f.name != "shape"), *SHAPE_FIELDS]:
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=type(defaults[name]), default=argparse.SUPPRESS, metavar=str(defaults[name]))
+
+
+def flag_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    known = {f.name for f in fields(TrainingConfig)} | set(SHAPE_FIELDS)
+    return {name: value for name, value in vars(arguments).items() if name in known}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BadConfig(message)

@@ -1,0 +1,173 @@
+"""The texts to train on: where they come from, the rule that builds them, and the SHA-256 that the result must have.
+
+Sources are looked for in the folder that MOESCOPE_DATA names, then in ``data/``, and else downloaded to ``data/``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+DATA = Path("data")
+TRAIN_SHARE = 0.9
+
+TINY_FILE = "tinyshakespeare.txt"
+TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+PLAYS_URL = (
+    "https://raw.githubusercontent.com/martin-gorner/tensorflow-rnn-shakespeare/"
+    "25946cd6486e8a8f96d84edb200a8b8b6e961c27/shakespeare"
+)
+# The plays that tiny Shakespeare does not hold; its own nine, and five files that are no plays, are left out.
+PLAYS = [
+    "1kinghenryiv",
+    "1kinghenryvi",
+    "2kinghenryiv",
+    "2kinghenryvi",
+    "allswellthatendswell",
+    "antonyandcleopatra",
+    "asyoulikeit",
+    "comedyoferrors",
+    "cymbeline",
+    "hamlet",
+    "juliuscaesar",
+    "kinghenryv",
+    "kinghenryviii",
+    "kingjohn",
+    "kinglear",
+    "loveslabourslost",
+    "macbeth",
+    "merchantofvenice",
+    "merrywivesofwindsor",
+    "midsummersnightsdream",
+    "muchadoaboutnothing",
+    "othello",
+    "periclesprinceoftyre",
+    "timonofathens",
+    "titusandronicus",
+    "troilusandcressida",
+    "twelfthnight",
+    "twogentlemenofverona",
+]
+EXTENDED_SHA256 = "396d0c6ceeee96da2b67f2c43c3df11f67444077048f0caf2eb06425c075ccd1"
+
+NAMES = ("shakespeare", "tinyshakespeare")
+
+
+class CorpusUnavailable(Exception):
+    """A corpus cannot be had. One sentence that says what to do."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A training text, a validation text that no training text holds, and the SHA-256 of both."""
+
+    name: str
+    train: str
+    validation: str
+
+    @property
+    def digests(self) -> dict[str, str]:
+        return {"train": _sha256(self.train.encode()), "validation": _sha256(self.validation.encode())}
+
+
+def load(name: str) -> Corpus:
+    """``tinyshakespeare``: nanoGPT's split. ``shakespeare``: 28 more plays to train on, the same validation text.
+
+    Raises CorpusUnavailable.
+    """
+    if name not in NAMES:
+        raise CorpusUnavailable(f"there is no corpus {name!r}; choose one of {', '.join(NAMES)} or give --data FILE")
+    tiny = _checked(_source(TINY_FILE, TINY_URL).decode(), TINY_SHA256, TINY_FILE)
+    cut = int(TRAIN_SHARE * len(tiny))
+    train = tiny[:cut] if name == "tinyshakespeare" else extended(tiny)
+    return Corpus(name, train, tiny[cut:])
+
+
+def from_file(path: Path) -> Corpus:
+    """Any text file: the first 90 % to train on, the rest to validate. Raises CorpusUnavailable."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusUnavailable(f"{path} cannot be read as UTF-8 text: {error}") from None
+    cut = int(TRAIN_SHARE * len(text))
+    return Corpus(path.stem, text[:cut], text[cut:])
+
+
+def extended(tiny: str) -> str:
+    """The 28 plays that tiny Shakespeare lacks, in its form and its characters, then its own training part."""
+    known = set(tiny)
+    plays = (as_dialogue(_source(f"plays/{play}.txt", f"{PLAYS_URL}/{play}.txt").decode("latin-1")) for play in PLAYS)
+    blocks = ["".join(character for character in play if character in known) for play in plays]
+    text = "\n".join([*blocks, tiny[: int(TRAIN_SHARE * len(tiny))]])
+    return _checked(text, EXTENDED_SHA256, "the extended corpus")
+
+
+_DIRECTION = re.compile(r"\[[^\]]*\]?")
+_FIRST_ACT = re.compile(r"\s*ACT\s+[IVX]+")
+_HEADING = re.compile(r"\s*(ACT|SCENE|PROLOGUE|EPILOGUE|INDUCTION|CHORUS)\b")
+_SPEECH = re.compile(r"(?P<speaker>[A-Za-z][^\t]{0,40})\t+(?P<line>.*\S)")
+
+
+def as_dialogue(play: str) -> str:
+    """A play in tiny Shakespeare's form, ``NAME:`` above the lines, without headings and stage directions.
+
+    A source line is ``NAME<tab>line`` where a speech begins and ``<tab>line`` where it goes on.
+    """
+    without_directions = _DIRECTION.sub(lambda found: "\n" * found[0].count("\n"), play).replace("]", "")
+    lines = [line for line in without_directions.split("\n") if line.strip()]
+    acts = [index for index, line in enumerate(lines) if _FIRST_ACT.match(line)]
+    written: list[str] = []
+    in_speech = False
+    for line in lines[acts[0] :] if acts else []:
+        speech = None if _HEADING.match(line) else _SPEECH.match(line)
+        if speech:
+            written.append(f"\n{speech['speaker'].strip().rstrip(':')}:\n{speech['line'].strip()}\n")
+        elif in_speech and line.startswith("\t") and not _HEADING.match(line):
+            written.append(line.strip() + "\n")
+            continue
+        in_speech = speech is not None
+    return "".join(written).lstrip("\n")
+
+
+def _source(name: str, url: str) -> bytes:
+    folders = [Path(named)] if (named := os.environ.get("MOESCOPE_DATA")) else []
+    for folder in [*folders, DATA]:
+        if (folder / name).is_file():
+            return (folder / name).read_bytes()
+    return _download(url, DATA / name)
+
+
+def _download(url: str, target: Path) -> bytes:
+    print(f"downloading {url}", flush=True)
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content: bytes = response.read()
+    except (urllib.error.URLError, TimeoutError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise CorpusUnavailable(
+            f"{url} cannot be downloaded ({reason}); give --data FILE, or put the file at {target}"
+        ) from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".part")
+    partial.write_bytes(content)
+    partial.rename(target)
+    return content
+
+
+def _checked(text: str, digest: str, name: str) -> str:
+    if _sha256(text.encode()) != digest:
+        raise CorpusUnavailable(
+            f"{name} is not the expected text (SHA-256 {digest[:12]}...); delete {DATA} and try again"
+        )
+    return text
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,80 @@
+"""How good a model is on a text: loss over exact windows, loss as one endless stream, and the load of its experts.
+
+Letters: W windows, T context_length, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kv_cache import KVCache
+from model.routing import expert_counts, load_entropy_ratio, max_load_ratio
+from model.transformer import Transformer
+
+WINDOWS_AT_ONCE = 24
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss in nats per token over num_windows windows of context_length inputs; counts (L, E) of routed tokens."""
+
+    loss: float
+    num_windows: int
+    counts: Tensor
+
+    @property
+    def shares(self) -> list[list[float]]:
+        """The share of each layer's work that each expert does, [layer][expert]."""
+        return [
+            [round(share, 6) for share in layer] for layer in (self.counts / self.counts.sum(-1, keepdim=True)).tolist()
+        ]
+
+    @property
+    def max_load(self) -> float:
+        """max/mean load of the layer that is worst balanced."""
+        return float(max_load_ratio(self.counts).max())
+
+    @property
+    def min_entropy(self) -> float:
+        return float(load_entropy_ratio(self.counts).min())
+
+    @property
+    def num_idle(self) -> int:
+        return int((self.counts == 0).sum())
+
+
+@torch.inference_mode()
+def evaluate(model: Transformer, ids: Tensor) -> Evaluation:
+    """Cut ids into exact windows of context_length inputs, each with the next token as target, and score all of it."""
+    length = model.config.context_length
+    num_windows = (len(ids) - 1) // length
+    if num_windows < 1:
+        raise ValueError(f"the validation text has {len(ids)} tokens; at least {length + 1} are needed")
+    inputs = ids[: num_windows * length].view(num_windows, length)
+    targets = ids[1 : num_windows * length + 1].view(num_windows, length)
+    config = model.config
+    total, counts = 0.0, torch.zeros(config.num_layers, config.num_experts, dtype=torch.int64, device=ids.device)
+    for x, y in zip(inputs.split(WINDOWS_AT_ONCE), targets.split(WINDOWS_AT_ONCE), strict=True):
+        logits, routings = model(x)
+        total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+        counts += expert_counts(routings, config.num_experts)
+    return Evaluation(total / targets.numel(), num_windows, counts)
+
+
+@torch.inference_mode()
+def stream_loss(model: Transformer, ids: Tensor) -> float:
+    """Nats per token when ids are read as one endless stream through the ring cache, as the service reads them."""
+    cache = KVCache(model.config, num_slots=1, device=ids.device)
+    chunk = model.config.context_length
+    total = 0.0
+    for start in range(0, len(ids) - 1, chunk):
+        x = ids[start : min(start + chunk, len(ids) - 1)]
+        positions = torch.arange(start, start + len(x), device=ids.device)
+        view = cache.prefill(slot=0, start=start, num_tokens=len(x), num_rows=len(x))
+        hidden, _ = model.hidden(x[None], positions[None], view.layer)
+        total += F.cross_entropy(model.head(hidden[0]), ids[start + 1 : start + 1 + len(x)], reduction="sum").item()
+    return total / (len(ids) - 1)

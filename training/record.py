@@ -1,0 +1,109 @@
+"""What a checkpoint says of itself: the files that serving reads, the training record, a sample and a model card."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import torch
+
+from model import checkpoint, weights
+from model.config import MAX_POSITIONS, ModelConfig
+from model.generate import generate
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+
+KNOWN_TOKENS = 64
+KNOWN_PROMPTS = ("ROMEO:\n", "KING HENRY:\n", "First Citizen:\n", "The ")
+
+
+def as_served(model: Transformer) -> Transformer:
+    """A copy whose weights went through bfloat16, as they will have when they come back from disk."""
+    rounded = copy.deepcopy(model).eval().requires_grad_(False)
+    for parameter in rounded.parameters():
+        parameter.copy_(parameter.bfloat16().float())
+    return rounded
+
+
+def serving_files(model: Transformer, tokenizer: Tokenizer, facts: dict[str, Any]) -> dict[str, bytes]:
+    """Every file that serving reads, for a model as it is served."""
+    full = {"format": checkpoint.FORMAT, **facts, "known_answer": known_answer(model, tokenizer)}
+    generation = {"do_sample": True, "temperature": 0.8, "max_length": MAX_POSITIONS}
+    return {
+        checkpoint.WEIGHTS: weights.dump(model),
+        checkpoint.CONFIG: _json(model.config.to_hf()),
+        checkpoint.RECORD: _json(full),
+        "generation_config.json": _json(generation),
+        **tokenizer.files(),
+    }
+
+
+@torch.inference_mode()
+def known_answer(model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A prompt with its greedy continuation, which a server compares before it serves.
+
+    Of a few prompts the one is taken whose closest decision was clearest, so that another summation order on another
+    machine does not flip it.
+    """
+    spelled = [text for text in (tokenizer.fold(prompt) for prompt in KNOWN_PROMPTS) if text] or [tokenizer.tokens[0]]
+    answers = []
+    for prompt in spelled:
+        prompt_ids = tokenizer.encode(prompt)
+        ids = generate(model, prompt_ids, KNOWN_TOKENS)
+        logits, _ = model(torch.tensor([prompt_ids + ids[:-1]], device=model.device))
+        best = logits[0, len(prompt_ids) - 1 :].topk(min(2, tokenizer.vocab_size)).values
+        margin = float((best[:, 0] - best[:, -1]).min())
+        answers.append({"prompt": prompt, "ids": ids, "margin": round(margin, 6)})
+    return max(answers, key=lambda answer: answer["margin"])
+
+
+def sample(model: Transformer, tokenizer: Tokenizer, length: int = 200) -> str:
+    """Some text at temperature 0.8, from a new line."""
+    start = tokenizer.encode(tokenizer.fold("\n") or tokenizer.tokens[0])
+    return tokenizer.decode(generate(model, start, length, temperature=0.8, seed=1))
+
+
+def card(name: str, config: ModelConfig, facts: dict[str, Any], text: str) -> str:
+    """A short model card in Markdown."""
+    passed = "\n".join(
+        f"- below {milestone} nats per token at step {at['step']:,}, "
+        f"after {at['tokens']:,} tokens and {at['seconds'] / 60:.1f} minutes"
+        for milestone, at in facts["milestones"].items()
+    )
+    minutes = facts["seconds"] / 60
+    return f"""# {name}
+
+A sparse mixture-of-experts language model that writes one character at a time. It continues text in the manner of its
+corpus; it is no assistant, knows no facts and follows no instructions.
+
+- {config.num_parameters:,} parameters, {config.num_active_parameters:,} of them at work for each token
+- {config.num_layers} layers of width {config.hidden_size}
+- {config.num_heads} query heads of {config.head_dim} that share {config.num_kv_heads} heads for keys and values
+- {config.num_experts} experts of width {config.expert_size} in every layer, {config.experts_per_token} for each token
+- attention over the last {config.context_length} positions; {config.vocab_size} tokens
+
+## Training
+
+{facts["steps"]:,} steps and {facts["tokens"]:,} tokens in {minutes:.0f} minutes, of the corpus
+`{facts["corpus"]["name"]}`.
+
+Validation loss: **{facts["validation_loss"]:.4f}** nats per token over {facts["validation_windows"]} exact windows of
+{config.context_length} inputs, with the weights as they are in this folder (rounded to bfloat16).
+
+{passed}
+
+The busiest expert of the worst balanced layer takes {facts["max_load"]:.2f} times the mean load. `training.json` has
+the whole record: settings, loss curve, digests of the corpus, and each expert's share of the work on the validation
+text.
+
+## A sample, temperature 0.8
+
+```
+{text.strip()}
+```
+"""
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
