@@ -1,0 +1,1 @@
+"""The engine: continuous batching over the model. Has never heard of HTTP or Prometheus."""

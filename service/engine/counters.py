@@ -1,0 +1,59 @@
+"""The one count of what the experts did: per slot while a sequence runs, in the totals once its slot is given back.
+
+Letters: S slots, P phases (prefill, decode), L layers, E experts, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.router import Routing
+from model.routing import fixed_point
+from service.engine.sequence import Phase
+
+PHASES = (Phase.PREFILL, Phase.DECODE)
+
+
+class ExpertCounters:
+    """Routed tokens (S, P, L, E) and gate weight in fixed point (S, L, E), int64, on the model's device."""
+
+    def __init__(self, config: ModelConfig, num_slots: int, device: torch.device) -> None:
+        layers, experts = config.num_layers, config.num_experts
+        # Padding rows are routed too; crediting them to a slot of nobody's keeps them out of every sum.
+        self._tokens = torch.zeros(num_slots + 1, len(PHASES), layers, experts, dtype=torch.int64, device=device)
+        self._weight = torch.zeros(num_slots + 1, layers, experts, dtype=torch.int64, device=device)
+        self._past_tokens = torch.zeros_like(self._tokens[0])
+        self._past_weight = torch.zeros_like(self._weight[0])
+
+    def add(self, phase: Phase, slots: Tensor, routings: Sequence[Routing]) -> None:
+        """Count one step's routing: slots (N,), whose each token was fed for, and one Routing of N tokens per layer."""
+        ids = torch.stack([routing.expert_ids for routing in routings], dim=1)  # (N, L, K)
+        weights = torch.stack([routing.expert_weights for routing in routings], dim=1)
+        where = (
+            slots[:, None, None].expand_as(ids),
+            torch.arange(ids.shape[1], device=ids.device)[None, :, None].expand_as(ids),
+        )
+        self._tokens[:, PHASES.index(phase)].index_put_((*where, ids), torch.ones_like(ids), accumulate=True)
+        self._weight.index_put_((*where, ids), fixed_point(weights), accumulate=True)
+
+    def take(self, slot: int) -> Tensor:
+        """Move a slot's counts to the totals; the slot's routed tokens over both phases, (L, E)."""
+        tokens = self._tokens[slot].clone()
+        self._past_tokens += tokens
+        self._past_weight += self._weight[slot]
+        self._tokens[slot] = 0
+        self._weight[slot] = 0
+        return tokens.sum(dim=0)
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Routed tokens (P, L, E) and gate weight in fixed point (L, E) since the start, running slots included."""
+        return self._past_tokens + self._tokens[:-1].sum(dim=0), self._past_weight + self._weight[:-1].sum(dim=0)
+
+    def reset(self) -> None:
+        """Forget everything, after a warm-up."""
+        for tensor in (self._tokens, self._weight, self._past_tokens, self._past_weight):
+            tensor.zero_()

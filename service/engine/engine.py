@@ -1,0 +1,186 @@
+"""Continuous batching, one step at a time: admit, run, count, publish. Synchronous; knows no threads and no HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from model.routing import WEIGHT_SCALE
+from service.engine.batch import build_batch
+from service.engine.counters import ExpertCounters
+from service.engine.reports import Delivery, Figures, StepReport
+from service.engine.runner import Drawn, Runner
+from service.engine.scheduler import Plan, PrefillPlan, Scheduler
+from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, Phase, Sequence
+
+T = TypeVar("T")
+
+
+class Engine:
+    """A runner, a scheduler and the books. Every sequence added ends exactly once, and ``_end`` is where it does."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        counters: ExpertCounters,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._counters = counters
+        self._clock = clock
+        self._fed = dict.fromkeys(Phase, 0)
+        self._generated = 0
+
+    @property
+    def runner(self) -> Runner:
+        return self._runner
+
+    @property
+    def num_slots(self) -> int:
+        return self._scheduler.num_slots
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
+
+    @property
+    def num_free_slots(self) -> int:
+        return self._scheduler.num_free_slots
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._scheduler.num_running or self._scheduler.num_waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        self._scheduler.add(sequence)
+
+    def step(self) -> StepReport:
+        """Run one step for whoever's turn it is."""
+        started = self._clock()
+        expired = [sequence for sequence in self._scheduler.sequences if sequence.expires_at <= started]
+        timeouts = self.end(expired, FinishReason.TIMEOUT)
+        self._scheduler.admit(started)
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return StepReport(timeouts)
+        drawn = self._runner.run(build_batch(plan, self._runner.spare_slot, self._runner.device), steps=1)
+        events = self._advance(plan, drawn)
+        return StepReport(timeouts + events, plan.phase, self._clock() - started, len(plan.sequences))
+
+    def end(self, sequences: Iterable[Sequence], reason: FinishReason) -> tuple[Delivery, ...]:
+        """End sequences from outside. One that has ended already is left alone."""
+        return tuple((sequence, (self._end(sequence, reason),)) for sequence in sequences if not sequence.is_finished)
+
+    def end_waiting(self, reason: FinishReason) -> tuple[Delivery, ...]:
+        return self.end(self._scheduler.waiting, reason)
+
+    def end_running(self, reason: FinishReason) -> tuple[Delivery, ...]:
+        return self.end(self._scheduler.running, reason)
+
+    def fail_running(self) -> tuple[Delivery, ...]:
+        """After a step that raised: nobody knows what it left behind, so the cache begins anew; the queue goes on."""
+        events = self.end_running(FinishReason.INTERNAL)
+        self._runner.rebuild()
+        return events
+
+    def forget_counts(self) -> None:
+        """Drop what warm-up counted."""
+        assert not self.has_work
+        self._counters.reset()
+        self._fed = dict.fromkeys(Phase, 0)
+        self._generated = 0
+
+    def figures(self) -> Figures:
+        tokens, weight = self._counters.totals()
+        layers = tokens.shape[1]
+        routed = [[self._fed[phase]] * layers for phase in (Phase.PREFILL, Phase.DECODE)]
+        return Figures(
+            taken_at=self._clock(),
+            expert_counts=tokens.cpu().numpy(),
+            gate_weight=weight.cpu().numpy() / WEIGHT_SCALE,
+            routed_tokens=np.array(routed, dtype=np.int64),
+            running=self._scheduler.num_running,
+            queued=self._scheduler.num_waiting,
+            prompt_tokens=self._fed[Phase.PREFILL],
+            generated_tokens=self._generated,
+        )
+
+    def _advance(self, plan: Plan, drawn: Drawn | None) -> tuple[Delivery, ...]:
+        """Enter what a step fed and drew into its sequences."""
+        fed = plan.num_tokens if isinstance(plan, PrefillPlan) else len(plan.sequences)
+        self._fed[plan.phase] += fed
+        if isinstance(plan, PrefillPlan):
+            plan.sequence.num_prefilled += fed
+        return self._deliver(plan.sequences, drawn) if drawn else ()
+
+    def _deliver(self, sequences: tuple[Sequence, ...], drawn: Drawn) -> tuple[Delivery, ...]:
+        token_ids, is_finite = drawn.token_ids.tolist(), drawn.is_finite.tolist()
+        routed = any(sequence.return_routed_experts for sequence in sequences)
+        expert_ids = drawn.expert_ids.tolist() if routed else None
+        expert_weights = drawn.expert_weights.tolist() if routed else None
+        deliveries: list[Delivery] = []
+        for row, sequence in enumerate(sequences):
+            if not is_finite[row]:
+                deliveries.append((sequence, (self._end(sequence, FinishReason.NON_FINITE),)))
+                continue
+            ids, weights = (
+                (_frozen(expert_ids[row]), _frozen(expert_weights[row]))
+                if sequence.return_routed_experts and expert_ids and expert_weights
+                else (None, None)
+            )
+            deliveries.append((sequence, self._draw(sequence, token_ids[row], ids, weights)))
+        return tuple(deliveries)
+
+    def _draw(
+        self,
+        sequence: Sequence,
+        token_id: int,
+        expert_ids: tuple[tuple[int, ...], ...] | None,
+        expert_weights: tuple[tuple[float, ...], ...] | None,
+    ) -> tuple[Event, ...]:
+        if sequence.first_token_at is None:
+            sequence.first_token_at = self._clock()
+        token = DrawnToken(len(sequence.token_ids), token_id, expert_ids, expert_weights)
+        sequence.token_ids.append(token_id)
+        self._generated += 1
+        if len(sequence.token_ids) == sequence.params.max_new_tokens:
+            return token, self._end(sequence, FinishReason.LENGTH)
+        return (token,)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> Ended:
+        """The one place where a sequence ends and its slot is given back."""
+        assert not sequence.is_finished
+        sequence.finish_reason = reason
+        now = self._clock()
+        counts = (
+            torch.zeros_like(self._counters.totals()[1])
+            if sequence.slot is None
+            else self._counters.take(sequence.slot)
+        )
+        if reason is FinishReason.NON_FINITE and sequence.slot is not None:
+            self._runner.clear(sequence.slot)
+        self._scheduler.release(sequence)
+        return Ended(
+            reason=reason,
+            prompt_tokens=len(sequence.prompt_ids),
+            generated_tokens=len(sequence.token_ids),
+            routed_tokens=sequence.num_fed,
+            expert_counts=_frozen(counts.tolist()),
+            queue_s=(sequence.admitted_at or now) - sequence.created_at,
+            ttft_s=sequence.first_token_at - sequence.created_at if sequence.first_token_at else None,
+            total_s=now - sequence.created_at,
+        )
+
+
+def _frozen(rows: list[list[T]]) -> tuple[tuple[T, ...], ...]:
+    return tuple(tuple(row) for row in rows)

@@ -1,0 +1,117 @@
+"""From a checkpoint folder to a warm engine: device, threads, slots, and the proof that it computes what it should."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service.engine.sequence import FinishReason, SamplingParams, Sequence
+from service.engine.thread import EngineInfo, EnginePhase
+
+if TYPE_CHECKING:
+    from model.checkpoint import Checkpoint
+    from model.config import ModelConfig
+    from service.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SLOTS = 64
+MIB = 2**20
+
+
+class CannotServe(Exception):
+    """The engine cannot be built as it was asked for. One sentence that says what to change."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the engine is told. slots None is as many as fit, at most 64; prefill_chunk is a multiple of 16."""
+
+    checkpoint: Path
+    device: str
+    threads: int
+    slots: int | None
+    kv_memory_mib: int
+    prefill_chunk: int
+
+
+def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -> tuple[Engine, EngineInfo]:
+    """Load a checkpoint and warm an engine on the calling thread, which must be the one that will run it.
+
+    Raises CannotServe or CheckpointError.
+    """
+    import torch
+
+    from model import checkpoint
+    from model.kv_cache import KVCache
+
+    # The thread count and the grad mode belong to the thread that sets them.
+    torch.set_num_threads(options.threads)
+    torch.inference_mode().__enter__()
+    device = _device(options.device)
+    loaded = checkpoint.load(options.checkpoint, device)
+    slots = _num_slots(options, loaded.config)
+    engine = _assemble(loaded, slots, options.prefill_chunk)
+    info = EngineInfo(
+        device=str(device),
+        threads=torch.get_num_threads(),
+        runner=engine.runner.name,
+        num_slots=slots,
+        torch_version=str(torch.__version__),
+        cache_mib=(slots + 1) * KVCache.bytes_per_slot(loaded.config) / MIB,
+    )
+    enter(EnginePhase.WARMING)
+    _prove(engine, loaded)
+    log.info("the model is on %s, %d threads, %d slots of %.0f MiB in all", device, info.threads, slots, info.cache_mib)
+    return engine, info
+
+
+def _assemble(loaded: Checkpoint, slots: int, prefill_chunk: int) -> Engine:
+    from service.engine.counters import ExpertCounters
+    from service.engine.engine import Engine
+    from service.engine.runner import TorchRunner
+    from service.engine.scheduler import Scheduler
+
+    counters = ExpertCounters(loaded.config, slots, loaded.model.device)
+    return Engine(TorchRunner(loaded.model, slots, counters), Scheduler(slots, prefill_chunk), counters)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise CannotServe(f"--device is {name}, but torch sees no GPU here; use --device auto or cpu")
+    return name
+
+
+def _num_slots(options: EngineOptions, config: ModelConfig) -> int:
+    from model.kv_cache import KVCache
+
+    each = KVCache.bytes_per_slot(config) / MIB
+    fitting = int(options.kv_memory_mib / each) - 1  # one more is spare, for rows of padding
+    if fitting < max(1, options.slots or 1):
+        raise CannotServe(
+            f"--slots is {options.slots or 1}; each slot takes {each:.1f} MiB with this checkpoint, so at most "
+            f"{max(0, fitting)} fit in the {options.kv_memory_mib:,} MiB of --kv-memory-mib"
+        )
+    return options.slots or min(DEFAULT_SLOTS, fitting)
+
+
+def _prove(engine: Engine, loaded: Checkpoint) -> None:
+    """Warm the engine up on the checkpoint's known answer, so that a wrong kernel or bit never serves."""
+    known = loaded.training["known_answer"]
+    prompt_ids = tuple(loaded.tokenizer.encode(known["prompt"]))
+    sequence = Sequence(prompt_ids, SamplingParams(max_new_tokens=len(known["ids"]), temperature=0.0))
+    engine.add(sequence)
+    while not sequence.is_finished:
+        engine.step()
+    if sequence.finish_reason is not FinishReason.LENGTH or sequence.token_ids != known["ids"]:
+        raise CannotServe(
+            f"{loaded.manifest.folder / 'training.json'} holds a known answer that the model does not give on this "
+            "machine, so it computes something else here; try --device cpu, or report it"
+        )

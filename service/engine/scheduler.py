@@ -1,0 +1,116 @@
+"""Chooses which sequences run next. Knows slots and lengths; has never heard of tensors or HTTP."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+
+from service.engine.sequence import Phase, Sequence
+
+# A prompt's last chunk is padded to a multiple of this, so that its shape depends on the prompt's length alone.
+ROW_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """Feed num_tokens of one prompt, from position start on, in a chunk padded to num_rows."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    num_rows: int
+    phase: Phase = Phase.PREFILL
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return (self.sequence,)
+
+    @property
+    def completes_the_prompt(self) -> bool:
+        return self.start + self.num_tokens == len(self.sequence.prompt_ids)
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Feed the last drawn token of every sequence."""
+
+    sequences: tuple[Sequence, ...]
+    phase: Phase = Phase.DECODE
+
+
+Plan = PrefillPlan | DecodePlan
+
+
+class Scheduler:
+    """The queue, the slots, and whose turn it is. First come, first served; prompts and running streams take turns."""
+
+    def __init__(self, num_slots: int, prefill_chunk: int) -> None:
+        assert num_slots >= 1
+        assert prefill_chunk % ROW_MULTIPLE == 0
+        self.num_slots = num_slots
+        self._prefill_chunk = prefill_chunk
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._free = list(range(num_slots))  # a heap: the lowest slot is taken first
+        self._last_phase = Phase.DECODE
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All that have not ended: the running ones, then the waiting ones."""
+        return [*self._running, *self._waiting]
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        return list(self._waiting)
+
+    @property
+    def running(self) -> list[Sequence]:
+        return list(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def admit(self, now: float) -> None:
+        """Give free slots to those who have waited longest."""
+        while self._waiting and self._free:
+            sequence = self._waiting.popleft()
+            sequence.slot = heapq.heappop(self._free)
+            sequence.admitted_at = now
+            self._running.append(sequence)
+
+    def schedule(self) -> Plan | None:
+        """The next step: one chunk of the oldest unread prompt, or one token for everybody else, in turn."""
+        prompt = next((sequence for sequence in self._running if not sequence.is_prefilled), None)
+        decoding = tuple(sequence for sequence in self._running if sequence.is_prefilled)
+        if prompt and (not decoding or self._last_phase is Phase.DECODE):
+            self._last_phase = Phase.PREFILL
+            return self._chunk(prompt)
+        self._last_phase = Phase.DECODE
+        return DecodePlan(decoding) if decoding else None
+
+    def release(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is; its slot is free for the next."""
+        if sequence.slot is None:
+            self._waiting.remove(sequence)
+            return
+        assert sequence.slot not in self._free
+        self._running.remove(sequence)
+        heapq.heappush(self._free, sequence.slot)
+        sequence.slot = None
+
+    def _chunk(self, sequence: Sequence) -> PrefillPlan:
+        num_tokens = min(self._prefill_chunk, len(sequence.prompt_ids) - sequence.num_prefilled)
+        return PrefillPlan(sequence, sequence.num_prefilled, num_tokens, num_tokens + -num_tokens % ROW_MULTIPLE)

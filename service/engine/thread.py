@@ -1,0 +1,221 @@
+"""The one thread that owns the model, and its mailbox. Any thread may call in; the engine knows nothing of them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from service.engine.reports import Figures, StepReport
+from service.engine.sequence import FinishReason, Sequence
+
+if TYPE_CHECKING:
+    from service.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+RAISING_STEPS_BEFORE_FAILURE = 3
+
+
+class EnginePhase(StrEnum):
+    """Where the engine is in its life; only a ready one takes sequences."""
+
+    LOADING = "loading"
+    WARMING = "warming"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class QueueFull(Exception):
+    """No place is left in the queue; trying again after retry_after_s seconds is sensible."""
+
+    def __init__(self, limit: int, retry_after_s: int) -> None:
+        super().__init__(f"{limit} requests are waiting already")
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class NotServing(Exception):
+    """The engine is loading, draining or failed."""
+
+    def __init__(self, phase: EnginePhase) -> None:
+        super().__init__(f"the engine is {phase}")
+        self.phase = phase
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a ready engine runs on."""
+
+    device: str
+    threads: int
+    runner: str
+    num_slots: int
+    torch_version: str
+    cache_mib: float
+
+
+Build = Callable[[Callable[[EnginePhase], None]], "tuple[Engine, EngineInfo]"]
+"""Loads and warms an engine, calling back when the phase changes. Called on the engine's thread."""
+
+
+class EngineThread:
+    """Runs an engine until it is drained. ``publish`` is called here after every step that brought anything."""
+
+    def __init__(self, build: Build, publish: Callable[[StepReport], None], *, max_queued: int, grace_s: float) -> None:
+        self._build = build
+        self._publish = publish
+        self._max_queued = max_queued
+        self._grace_s = grace_s
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._mail = threading.Condition()
+        self._arrived: list[Sequence] = []
+        self._cancelled: list[Sequence] = []
+        self._asked: list[Callable[[Figures], None]] = []
+        self._engine: Engine | None = None
+        self._phase = EnginePhase.LOADING
+        self._phase_since = time.monotonic()
+        self._draining_since: float | None = None
+        self._ended_lately: list[float] = []
+        self.failure: str | None = None
+        self.info: EngineInfo | None = None
+        self.last_figures: Figures | None = None
+
+    @property
+    def phase(self) -> EnginePhase:
+        return self._phase
+
+    @property
+    def phase_elapsed_s(self) -> float:
+        return time.monotonic() - self._phase_since
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self, timeout: float | None = None) -> None:
+        self._thread.join(timeout)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence; its place is reserved by the time this returns. Raises QueueFull or NotServing."""
+        with self._mail:
+            if self._phase is not EnginePhase.READY or self._engine is None:
+                raise NotServing(self._phase)
+            waiting = len(self._arrived) + self._engine.num_waiting - self._engine.num_free_slots
+            if waiting >= self._max_queued:
+                raise QueueFull(self._max_queued, self._retry_after_s(waiting))
+            self._arrived.append(sequence)
+            self._mail.notify()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence that nobody waits for any more. Harmless when it has ended."""
+        with self._mail:
+            self._cancelled.append(sequence)
+            self._mail.notify()
+
+    def figures(self, reply: Callable[[Figures], None]) -> None:
+        """Ask for one consistent copy of all figures, taken between two steps; reply is called on this thread."""
+        with self._mail:
+            self._asked.append(reply)
+            self._mail.notify()
+
+    def drain(self) -> None:
+        """Take nothing more; end who waits, let who runs finish within the grace time, then stop. Idempotent."""
+        with self._mail:
+            if self._draining_since is None and self._phase is not EnginePhase.FAILED:
+                self._draining_since = time.monotonic()
+                self._enter(EnginePhase.DRAINING)
+            self._mail.notify()
+
+    def _run(self) -> None:
+        try:
+            engine, self.info = self._build(self._enter)
+            engine.forget_counts()
+            self._engine = engine
+            self._enter(EnginePhase.READY)
+            self._serve(engine)
+        except Exception as error:
+            self._fail(error)
+
+    def _serve(self, engine: Engine) -> None:
+        raised = 0
+        while True:
+            self._read_mail(engine)
+            if self._draining_since is not None and self._finish_draining(engine):
+                return
+            if not engine.has_work:
+                continue
+            try:
+                self._deliver(engine.step())
+                raised = 0
+            except Exception:
+                raised += 1
+                log.exception("a step raised; its sequences end")
+                self._deliver(StepReport(engine.fail_running()))
+                if raised == RAISING_STEPS_BEFORE_FAILURE:
+                    raise
+
+    def _read_mail(self, engine: Engine) -> None:
+        """Sleep until there is something to do, then take in what has arrived."""
+        with self._mail:
+            while not (self._arrived or self._cancelled or self._asked or engine.has_work or self._draining_since):
+                self._mail.wait()
+            for sequence in self._arrived:
+                engine.add(sequence)
+            cancelled, asked = self._cancelled, self._asked
+            self._arrived, self._cancelled, self._asked = [], [], []
+        self._deliver(StepReport(engine.end(cancelled, FinishReason.CANCELLED)))
+        self._answer(engine, asked)
+
+    def _answer(self, engine: Engine, asked: list[Callable[[Figures], None]]) -> None:
+        if asked:
+            self.last_figures = engine.figures()
+            for reply in asked:
+                reply(self.last_figures)
+
+    def _finish_draining(self, engine: Engine) -> bool:
+        """True when nothing is left to wait for."""
+        assert self._draining_since is not None
+        events = engine.end_waiting(FinishReason.SHUTDOWN)
+        if time.monotonic() - self._draining_since >= self._grace_s:
+            events += engine.end_running(FinishReason.SHUTDOWN)
+        self._deliver(StepReport(events))
+        if engine.has_work:
+            return False
+        self.last_figures = engine.figures()
+        return True
+
+    def _deliver(self, report: StepReport) -> None:
+        if report.events or report.phase:
+            ended = sum(sequence.is_finished for sequence, _ in report.events)
+            self._ended_lately = [*self._ended_lately, *[time.monotonic()] * ended][-32:]
+            self._publish(report)
+
+    def _retry_after_s(self, waiting: int) -> int:
+        """Seconds until the queue has probably moved on by one, from how fast sequences have ended lately."""
+        if len(self._ended_lately) < 2:
+            return 1
+        rate = len(self._ended_lately) / max(time.monotonic() - self._ended_lately[0], 1e-3)
+        return min(60, max(1, round(1 / rate)))
+
+    def _fail(self, error: Exception) -> None:
+        log.error("the engine has failed: %s", error, exc_info=self._engine is not None)
+        with self._mail:
+            self.failure = str(error) or type(error).__name__
+            self._enter(EnginePhase.FAILED)
+            arrived, self._arrived = self._arrived, []
+        if self._engine:
+            for sequence in arrived:
+                self._engine.add(sequence)
+            events = self._engine.end_running(FinishReason.INTERNAL) + self._engine.end_waiting(FinishReason.INTERNAL)
+            self._deliver(StepReport(events))
+
+    def _enter(self, phase: EnginePhase) -> None:
+        """Change the phase. A draining engine that is still loading goes on draining."""
+        if self._draining_since is None or phase in (EnginePhase.DRAINING, EnginePhase.FAILED):
+            self._phase = phase
+            self._phase_since = time.monotonic()

@@ -1,0 +1,224 @@
+"""The engine writes what the uncached reference writes, whoever else is there, and its books always balance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.generate import generate
+from model.kv_cache import KVCache
+from model.transformer import Transformer
+from service.engine.counters import ExpertCounters
+from service.engine.engine import Engine
+from service.engine.runner import TorchRunner
+from service.engine.scheduler import Scheduler
+from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, SamplingParams, Sequence
+from tests.checkpoints import tiny_model
+from tests.evidence import At, Evidence
+
+SHIPPED = Path(__file__).parents[3] / "checkpoints" / "shakespeare"
+CONTEXT = 32
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return tiny_model().requires_grad_(False)
+
+
+def engine_for(model: Transformer, num_slots: int = 16, prefill_chunk: int = 16) -> Engine:
+    counters = ExpertCounters(model.config, num_slots, model.device)
+    return Engine(TorchRunner(model, num_slots, counters), Scheduler(num_slots, prefill_chunk), counters)
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(torch.randint(0, 65, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def sequence(
+    length: int = 5, max_new_tokens: int = 20, seed: int = 0, temperature: float = 0.8, *, routed: bool = False
+) -> Sequence:
+    return Sequence(prompt(length, seed), SamplingParams(max_new_tokens, temperature, seed=seed), routed)
+
+
+@torch.inference_mode()
+def run(engine: Engine, *sequences: Sequence, steps: int | None = None) -> dict[Sequence, list[Event]]:
+    """Add sequences and step until all is done, or so often; the events of each."""
+    for one in sequences:
+        engine.add(one)
+    events: dict[Sequence, list[Event]] = {one: [] for one in sequences}
+    while engine.has_work and steps != 0:
+        for one, news in engine.step().events:
+            events.setdefault(one, []).extend(news)
+        steps = steps - 1 if steps else None
+    return events
+
+
+def ended(events: list[Event]) -> Ended:
+    assert isinstance(events[-1], Ended)
+    assert not any(isinstance(event, Ended) for event in events[:-1])
+    return events[-1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("length", [1, 16, 17, 3 * CONTEXT + 5])
+def test_alone_it_writes_what_the_reference_writes(model: Transformer, length: int, temperature: float) -> None:
+    one = sequence(length, max_new_tokens=3 * CONTEXT + 10, seed=4, temperature=temperature)
+    run(engine_for(model), one)
+    expected = generate(model, list(one.prompt_ids), 3 * CONTEXT + 10, temperature=temperature, seed=4)
+    assert one.token_ids == expected
+
+
+def test_cached_decode_equals_the_reference_alone_and_among_fifteen(at: At, evidence: Evidence) -> None:
+    """Past three contexts; the small size uses a small model, the full size the shipped one."""
+    model = at(tiny_model().requires_grad_(False), None) or checkpoint.load(SHIPPED).model
+    length = 3 * model.config.context_length + 40
+    alone = sequence(7, max_new_tokens=length, seed=1)
+    run(engine_for(model), alone)
+    assert alone.token_ids == generate(model, list(alone.prompt_ids), length, temperature=0.8, seed=1)
+    among = sequence(7, max_new_tokens=length, seed=1)
+    others = [sequence(3 + 9 * i, max_new_tokens=length - 5 * i, seed=100 + i) for i in range(15)]
+    run(engine_for(model), *others[:8], among, *others[8:])
+    assert among.token_ids == alone.token_ids
+    for other in others[:: at(3, 15)]:
+        text = generate(model, list(other.prompt_ids), len(other.token_ids), temperature=0.8, seed=other.params.seed)
+        assert other.token_ids == text
+    evidence("tokens equal to the uncached reference, alone and among fifteen", length)
+
+
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_alone_and_in_a_crowd(model: Transformer) -> None:
+    cache = KVCache(model.config, num_slots=16, device=model.device)
+    ids = torch.tensor(prompt(16))
+    at = torch.arange(16)
+    view = cache.decode(at, at)
+    crowd, _ = model.hidden(ids[:, None], at[:, None], view.layer)
+    cache = KVCache(model.config, num_slots=16, device=model.device)
+    for row in range(0, 16, 4):
+        few = at[row : row + 4]
+        hidden, _ = model.hidden(ids[few][:, None], few[:, None], cache.decode(few, few).layer)
+        assert torch.equal(hidden, crowd[few])
+
+
+def test_sequences_that_come_later_or_share_a_slot_change_nothing(model: Transformer) -> None:
+    expected = sequence(9, seed=3, max_new_tokens=60)
+    run(engine_for(model), expected)
+    engine = engine_for(model, num_slots=2)
+    for seed in range(4):  # two slots, so that later tenants follow earlier ones
+        engine.add(sequence(20, seed=50 + seed, max_new_tokens=5 + 3 * seed))
+    again = sequence(9, seed=3, max_new_tokens=60)
+    run(engine, again)
+    assert again.token_ids == expected.token_ids
+
+
+def test_events_come_in_order_and_end_once(model: Transformer) -> None:
+    one = sequence(max_new_tokens=7, routed=True)
+    events = run(engine_for(model), one)[one]
+    tokens = [event for event in events if isinstance(event, DrawnToken)]
+    assert [token.index for token in tokens] == list(range(7))
+    assert [token.token_id for token in tokens] == one.token_ids
+    end = ended(events)
+    assert (end.reason, end.prompt_tokens, end.generated_tokens) == (FinishReason.LENGTH, 5, 7)
+    assert end.ttft_s is not None
+    assert 0 <= end.queue_s <= end.ttft_s <= end.total_s
+
+
+def test_the_routing_of_a_token_is_that_of_the_position_it_was_drawn_from(model: Transformer) -> None:
+    one = sequence(6, max_new_tokens=12, routed=True)
+    events = run(engine_for(model), one)[one]
+    ids = torch.tensor([[*one.prompt_ids, *one.token_ids[:-1]]])
+    _, routings = model(ids)
+    for token in events[:-1]:
+        assert isinstance(token, DrawnToken)
+        assert token.routed_experts
+        assert token.expert_weights
+        for layer, routing in enumerate(routings):
+            drawn_from = len(one.prompt_ids) - 1 + token.index
+            assert token.routed_experts[layer] == tuple(routing.expert_ids[drawn_from].tolist())
+            assert token.expert_weights[layer] == pytest.approx(routing.expert_weights[drawn_from].tolist(), abs=1e-5)
+
+
+def test_the_books_balance_with_prefill_decode_padding_and_a_cancelled_request(model: Transformer) -> None:
+    engine = engine_for(model, num_slots=4)
+    whole = [sequence(3 + 20 * i, max_new_tokens=4 + i, seed=i) for i in range(5)]
+    in_prefill, in_decode, queued = sequence(90, seed=7), sequence(2, 1000, seed=8), sequence(4, seed=9)
+    with torch.inference_mode():
+        ends = [ended(run(engine, one)[one]) for one in whole]
+        run(engine, in_decode, in_prefill, steps=5)
+        engine.add(queued)
+        assert in_decode.token_ids
+        assert 0 < in_prefill.num_prefilled < 90
+        cancelled = engine.end([in_prefill, in_decode, queued], FinishReason.CANCELLED)
+        assert engine.end([in_decode], FinishReason.CANCELLED) == (), "a sequence ends once"
+    ends += [end for _, (end,) in cancelled if isinstance(end, Ended)]
+    for end in ends:
+        for layer in end.expert_counts:
+            assert sum(layer) == model.config.experts_per_token * end.routed_tokens
+    for end, one in zip(ends, whole, strict=False):
+        assert end.routed_tokens == len(one.prompt_ids) + len(one.token_ids) - 1
+    assert ends[-1].routed_tokens == 0
+
+    figures = engine.figures()
+    assert (figures.running, figures.queued) == (0, 0)
+    assert (figures.expert_counts.sum(-1) == model.config.experts_per_token * figures.routed_tokens).all()
+    assert figures.routed_tokens[:, 0].sum() == sum(end.routed_tokens for end in ends)
+    by_expert = torch.tensor([end.expert_counts for end in ends]).sum(0)
+    assert (torch.from_numpy(figures.expert_counts.sum(0)) == by_expert).all()
+    # Each token's gate weights sum to one, up to the fixed point's rounding.
+    assert figures.gate_weight.sum(-1) == pytest.approx([figures.routed_tokens[:, 0].sum()] * 3, rel=1e-5)
+
+
+def test_figures_taken_while_sequences_run_are_consistent(model: Transformer) -> None:
+    engine = engine_for(model)
+    for seed in range(3):
+        engine.add(sequence(40, seed=seed, max_new_tokens=30))
+    with torch.inference_mode():
+        while engine.has_work:
+            engine.step()
+            figures = engine.figures()
+            assert (figures.expert_counts.sum(-1) == model.config.experts_per_token * figures.routed_tokens).all()
+    assert figures.prompt_tokens == 120
+    assert figures.generated_tokens == 90
+
+
+def test_an_expired_sequence_ends_as_timeout_and_frees_its_slot(model: Transformer) -> None:
+    engine = engine_for(model)
+    one = Sequence(prompt(3), SamplingParams(1000), deadline_s=0.0)
+    events = run(engine, one)[one]
+    assert [ended(events).reason, engine.num_running, engine.num_free_slots] == [FinishReason.TIMEOUT, 0, 16]
+
+
+def test_a_row_that_is_not_finite_ends_alone_and_its_slots_next_tenant_is_unharmed() -> None:
+    model = tiny_model().requires_grad_(False)
+    expected = sequence(9, seed=3, max_new_tokens=30)
+    run(engine_for(model), expected)
+
+    poisoned = 64  # a token whose embedding is broken; nobody else's text contains it
+    assert poisoned not in expected.prompt_ids + tuple(expected.token_ids)
+    with torch.no_grad():
+        model.embedding.weight[poisoned] = float("nan")
+        model.head.weight[poisoned] = -10.0 * model.head.weight.abs().mean()  # and nobody is going to draw it
+    survivor, victim, tenant = (sequence(9, seed=3, max_new_tokens=30) for _ in range(3))
+    baseline = sequence(9, seed=3, max_new_tokens=30)
+    run(engine_for(model), baseline)
+    victim = Sequence((1, poisoned, 2), SamplingParams(30), deadline_s=60.0)
+    engine = engine_for(model, num_slots=2)
+    events = run(engine, survivor, victim, tenant)
+    assert ended(events[victim]).reason is FinishReason.NON_FINITE
+    assert survivor.token_ids == tenant.token_ids == baseline.token_ids
+
+
+def test_after_a_failed_step_the_running_end_and_the_queue_goes_on(model: Transformer) -> None:
+    expected = sequence(9, seed=3)
+    run(engine_for(model), expected)
+    engine = engine_for(model, num_slots=1)
+    running, waiting = sequence(5, seed=1), sequence(9, seed=3)
+    run(engine, running, waiting, steps=3)
+    failed = engine.fail_running()
+    assert [(one, event[0].reason) for one, event in failed if isinstance(event[0], Ended)] == [
+        (running, FinishReason.INTERNAL)
+    ]
+    run(engine)
+    assert waiting.token_ids == expected.token_ids

@@ -1,0 +1,83 @@
+"""Slots are given in order and given back; prompts and running streams take turns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from service.engine.scheduler import DecodePlan, PrefillPlan, Scheduler
+from service.engine.sequence import SamplingParams, Sequence
+
+
+def sequence(length: int = 3) -> Sequence:
+    return Sequence(tuple(range(length)), SamplingParams(), deadline_s=60.0)
+
+
+def run(scheduler: Scheduler) -> PrefillPlan | DecodePlan | None:
+    """One step without a model: every plan is carried out at once."""
+    scheduler.admit(now=0.0)
+    plan = scheduler.schedule()
+    if isinstance(plan, PrefillPlan):
+        plan.sequence.num_prefilled += plan.num_tokens
+    return plan
+
+
+def test_the_longest_waiting_get_the_lowest_free_slots() -> None:
+    scheduler = Scheduler(num_slots=2, prefill_chunk=16)
+    first, second, third = sequence(), sequence(), sequence()
+    for one in (first, second, third):
+        scheduler.add(one)
+    scheduler.admit(now=5.0)
+    assert (first.slot, second.slot, third.slot) == (0, 1, None)
+    assert first.admitted_at == 5.0
+    scheduler.release(first)
+    scheduler.admit(now=6.0)
+    assert (third.slot, first.slot) == (0, None)
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_free_slots) == (2, 0, 0)
+
+
+def test_a_waiting_sequence_can_be_taken_out() -> None:
+    scheduler = Scheduler(num_slots=1, prefill_chunk=16)
+    first, second = sequence(), sequence()
+    scheduler.add(first)
+    scheduler.add(second)
+    scheduler.admit(now=0.0)
+    scheduler.release(second)
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 0)
+
+
+def test_a_long_prompt_and_running_streams_take_turns() -> None:
+    scheduler = Scheduler(num_slots=2, prefill_chunk=16)
+    scheduler.add(sequence())
+    run(scheduler)
+    scheduler.add(sequence(length=64))
+    phases = [type(run(scheduler)) for _ in range(8)]
+    assert phases == [DecodePlan, PrefillPlan] * 4 or phases == [PrefillPlan, DecodePlan] * 4
+
+
+def test_the_shapes_of_a_prompt_depend_on_its_length_alone() -> None:
+    def shapes(others: int) -> list[tuple[int, int, int]]:
+        scheduler = Scheduler(num_slots=8, prefill_chunk=32)
+        for _ in range(others):
+            scheduler.add(sequence())
+            run(scheduler)
+        prompt = sequence(length=70)
+        scheduler.add(prompt)
+        plans = [run(scheduler) for _ in range(16)]
+        return [
+            (p.start, p.num_tokens, p.num_rows) for p in plans if isinstance(p, PrefillPlan) and p.sequence is prompt
+        ]
+
+    assert shapes(0) == shapes(5) == [(0, 32, 32), (32, 32, 32), (64, 6, 16)]
+
+
+def test_nothing_to_do_is_no_plan() -> None:
+    assert run(Scheduler(num_slots=1, prefill_chunk=16)) is None
+
+
+def test_scheduler_and_sequence_never_load_torch() -> None:
+    modules = "service.engine.scheduler, service.engine.sequence, service.engine.thread"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    root = Path(__file__).parents[3]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "False\n"
