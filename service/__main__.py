@@ -1,0 +1,83 @@
+"""``python -m service``: settings in, port bound, checkpoint checked, then served until a signal.
+
+Every refusal is one line on standard error and a nonzero exit code.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from model.checkpoint import CheckpointError
+from service.logs import configure_logging
+from service.settings import Settings, SettingsRefused, read_settings
+
+EXIT_REFUSED: Final = 1
+EXIT_USAGE: Final = 2
+SWITCH_INTERVAL_S: Final = 0.0005
+
+
+class PortRefused(Exception):
+    """The address cannot be listened on. One line that says what to do."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the server takes over, Ctrl-C ends this without a traceback
+    try:
+        settings = read_settings(arguments)
+    except SettingsRefused as refusal:
+        return _refuse(f"{refusal} (--help lists all settings)", EXIT_USAGE)
+    configure_logging(settings.log_level)
+    try:
+        listener = bind(settings.host, settings.port)
+        return _serve(settings, listener)
+    except (PortRefused, CheckpointError) as refusal:
+        return _refuse(str(refusal), EXIT_REFUSED)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises PortRefused."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)  # two processes can bind one port; only one can listen
+        return listener
+    except socket.gaierror:
+        raise PortRefused(f"--host {host} is no address of this machine") from None
+    except OSError as error:
+        raise PortRefused(_advice(host, port, error)) from None
+
+
+def _advice(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use; stop what runs there, or choose another port: --port {port + 1}"
+    if error.errno == errno.EACCES:
+        return f"port {port} needs privileges; choose one from 1024 up, for instance --port 8000"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"--host {host} is no address of this machine"
+    return f"cannot listen on {host} port {port}: {error.strerror}"
+
+
+def _serve(settings: Settings, listener: socket.socket) -> int:
+    from service.app import create_app  # after the port: a busy one is refused at once
+    from service.server import serve
+
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # the engine's thread holds the GIL for most of a step otherwise
+    return serve(create_app(settings), listener)
+
+
+def _refuse(message: str, code: int) -> int:
+    print(f"moescope: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,117 @@
+"""From a request's bytes to a sequence in the engine, or to the reason why not. Knows contract and vocabulary."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from model.tokenizer import UnknownCharacters
+from service.body import read_json_object
+from service.card import ModelCard
+from service.engine.sequence import SamplingParams, Sequence
+from service.engine.thread import EngineThread, NotServing, QueueFull
+from service.errors import ApiError
+from service.exchange import Abandoned, Exchange, TokenStream
+from service.metrics import Metrics
+from service.schemas import MAX_PROMPT_CHARACTERS, GenerateBody, Limits, parse_generate
+from service.streaming import Generation
+
+START_OF_TEXT = "\n"
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A request that the engine has taken. Whoever holds it gives its stream back."""
+
+    body: GenerateBody
+    generation: Generation
+    stream: TokenStream
+
+
+class Admission:
+    """The one way in, and for each stream that got in the one way out."""
+
+    def __init__(
+        self,
+        card: ModelCard,
+        limits: Limits,
+        engine: EngineThread,
+        exchange: Exchange,
+        metrics: Metrics,
+        timeout_s: float,
+    ) -> None:
+        self.limits = limits
+        self._card = card
+        self._engine = engine
+        self._exchange = exchange
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+
+    async def admit(self, request: Request) -> Admitted:
+        """Raises ApiError; every request is counted here or at its end, once."""
+        body: GenerateBody | None = None
+        try:
+            body = parse_generate(await read_json_object(request), self.limits)
+            return self._submit(body, request.state.request_id)
+        except ApiError as error:
+            self._metrics.record_refusal(error.kind.type, stream=body is None or body.stream)
+            raise
+
+    def give_back(self, stream: TokenStream) -> None:
+        """Idempotent; a sequence that has ended needs nothing."""
+        if not stream.has_ended:
+            self._engine.cancel(stream.sequence)
+
+    def _submit(self, body: GenerateBody, request_id: str) -> Admitted:
+        prompt_ids, prompt_used = self._spell(body)
+        seed = secrets.randbits(32) if body.seed is None else body.seed
+        sequence = Sequence(prompt_ids, _sampling(body, seed), body.return_routed_experts, self._timeout_s)
+        name = self._card.manifest.name
+        generation = Generation(request_id, name, seed, body.params(), len(prompt_ids), prompt_used)
+        try:
+            stream = self._exchange.open(self._engine, sequence, request_id, streams=body.stream)
+        except QueueFull as full:
+            raise ApiError("queue_full", retry_after_s=full.retry_after_s) from None
+        except NotServing as refusal:
+            raise ApiError(refusal.phase) from None
+        return Admitted(body, generation, stream)
+
+    def _spell(self, body: GenerateBody) -> tuple[tuple[int, ...], str | None]:
+        """The prompt's ids and, if it was to be folded, the text they spell."""
+        tokenizer = self._card.tokenizer
+        folds = body.unknown_characters == "fold"
+        prompt = (tokenizer.fold(body.prompt) if folds else body.prompt) or START_OF_TEXT
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise ApiError("prompt_too_long", "prompt is too long once it is folded", param="prompt")
+        try:
+            return tuple(tokenizer.encode(prompt)), prompt if folds else None
+        except UnknownCharacters as error:
+            raise ApiError("unknown_characters", str(error), param="prompt") from None
+
+
+@asynccontextmanager
+async def abandoned_on_disconnect(request: Request, stream: TokenStream) -> AsyncIterator[None]:
+    """Abandons the stream when the client goes away: nobody else looks before a response has begun."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        stream.abandon()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except Abandoned:
+        raise ApiError("client_closed") from None
+    finally:
+        watcher.cancel()
+        await asyncio.wait([watcher])
+
+
+def _sampling(body: GenerateBody, seed: int) -> SamplingParams:
+    return SamplingParams(body.max_new_tokens, body.temperature, body.top_k, body.top_p, seed)

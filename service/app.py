@@ -1,0 +1,85 @@
+"""create_app(settings): the one place that builds the parts and wires them. Knows what they are, not what they do."""
+
+from __future__ import annotations
+
+import asyncio
+import tomllib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import prometheus_client
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+
+from service.admission import Admission
+from service.card import ModelCard
+from service.engine.loading import EngineOptions, build_engine
+from service.engine.thread import EngineThread
+from service.errors import ApiError, answer_api_error, answer_http_exception
+from service.exchange import Exchange
+from service.metrics import EngineCollector, Metrics
+from service.middleware import RequestScope
+from service.routes import Routes
+from service.schemas import Limits
+from service.settings import Settings
+
+ROOT: Final = Path(__file__).parents[1]
+PAGE: Final = ROOT / "service" / "static"
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Checks the checkpoint and builds everything; the engine starts with the app. Raises CheckpointError.
+
+    ``app.state.engine`` is the EngineThread, for whoever has to tell it to drain.
+    """
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    card = ModelCard.read(settings.checkpoint)
+    limits = Limits(settings.max_new_tokens, card.config.vocab_size)
+    prometheus_client.disable_created_metrics()  # a second series for every counter, which nobody has asked for
+    metrics = Metrics()
+    exchange = Exchange(metrics)
+    build = partial(build_engine, _engine_options(settings))  # what takes seconds happens on the engine's thread
+    engine = EngineThread(build, exchange.publish, max_queued=settings.queue, grace_s=settings.grace_s)
+    metrics.registry.register(
+        EngineCollector(engine, card.config, {"version": version, "checkpoint": card.fingerprint})
+    )
+    admission = Admission(card, limits, engine, exchange, metrics, settings.request_timeout_s)
+    app = FastAPI(
+        title="Moescope",
+        version=version,
+        docs_url=None,  # both pages load scripts from elsewhere
+        redoc_url=None,
+        lifespan=_lifespan(engine, exchange),
+        exception_handlers={ApiError: answer_api_error, HTTPException: answer_http_exception},
+    )
+    app.add_middleware(RequestScope)
+    app.include_router(Routes(settings, card, engine, admission, metrics, version).router())
+    app.frontend("/", directory=PAGE, fallback=None)
+    app.state.engine = engine
+    return app
+
+
+def _engine_options(settings: Settings) -> EngineOptions:
+    return EngineOptions(
+        checkpoint=settings.checkpoint,
+        device=settings.device,
+        threads=settings.threads,
+        slots=settings.slots,
+        kv_memory_mib=settings.kv_memory_mib,
+        prefill_chunk=settings.prefill_chunk,
+    )
+
+
+def _lifespan(engine: EngineThread, exchange: Exchange) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        exchange.attach(asyncio.get_running_loop())
+        engine.start()
+        yield
+        engine.drain()  # a second time, as a rule; the server may also stop for a reason of its own
+        await asyncio.to_thread(engine.join)
+
+    return lifespan

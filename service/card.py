@@ -1,0 +1,46 @@
+"""What is known of the served model without loading it: names, sizes, vocabulary, training record. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.checkpoint import Manifest, read_config, read_record, verify
+from model.config import ModelConfig
+from model.tokenizer import Tokenizer
+from service.schemas import ModelInfo
+
+FINGERPRINT_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    manifest: Manifest
+    config: ModelConfig
+    tokenizer: Tokenizer
+    validation_loss: float | None
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelCard:
+        """Checks every file that serving reads. Raises CheckpointError, which names the file."""
+        manifest = verify(folder)
+        return cls(manifest, read_config(folder), Tokenizer.load(folder), read_record(folder).get("validation_loss"))
+
+    @property
+    def fingerprint(self) -> str:
+        """Enough of the manifest's hash to tell checkpoints apart, short enough to be read aloud."""
+        return self.manifest.fingerprint[:FINGERPRINT_DIGITS]
+
+    def describe(self) -> ModelInfo:
+        config = self.config
+        return ModelInfo(
+            name=self.manifest.name,
+            parameters=config.num_parameters,
+            active_parameters=config.num_active_parameters,
+            num_layers=config.num_layers,
+            num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+            hidden_size=config.hidden_size,
+            context_length=config.context_length,
+            validation_loss=self.validation_loss,
+        )

@@ -1,0 +1,164 @@
+"""Every Prometheus name in the product. Knows what the engine counted and how requests ended; counts no experts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from model.config import ModelConfig
+from service.engine.reports import Figures, StepReport
+from service.engine.sequence import Ended, FinishReason, Phase
+from service.engine.thread import EnginePhase, EngineThread
+
+SECONDS: Final = (
+    *(0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
+    *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
+)
+ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+OUTCOME_OF_REASON: Final = {
+    FinishReason.LENGTH: "length",
+    FinishReason.EOS: "eos",
+    FinishReason.TIMEOUT: "timeout",
+    FinishReason.CANCELLED: "cancelled",
+    FinishReason.SHUTDOWN: "shutdown",
+    FinishReason.INTERNAL: "error",
+    FinishReason.NON_FINITE: "error",
+}
+# Refused while loading, draining or failed is an outcome of its own: it is nobody's mistake and no fault.
+OUTCOME_OF_TYPE: Final = {
+    "invalid_request": "rejected_invalid",
+    "overloaded": "rejected_full",
+    "unavailable": "rejected_unready",
+    "cancelled": "cancelled",
+    "internal": "error",
+}
+OUTCOMES: Final = sorted({*OUTCOME_OF_REASON.values(), *OUTCOME_OF_TYPE.values()})
+
+
+class Metrics:
+    """What the edge itself sees: how requests end, and how long everything takes. Used on the event loop only."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self._requests = Counter(
+            "moescope_requests",
+            "Requests to generate text, by how they ended",
+            ["outcome", "stream"],
+            registry=self.registry,
+        )
+        self._ttft = self._seconds("time_to_first_token", "From accepting a request to its first token")
+        self._inter_token = self._seconds("inter_token", "Between two tokens of one request")
+        self._queue = self._seconds("queue", "From accepting a request to giving it a slot")
+        self._request = self._seconds("request", "From accepting a request to its end")
+        steps = Histogram(
+            "moescope_step_seconds", "One step of the engine", ["phase"], buckets=SECONDS, registry=self.registry
+        )
+        self._steps = {phase: steps.labels(phase) for phase in Phase}
+        self._batch_size = Histogram(
+            "moescope_batch_size", "Sequences decoded in one step", buckets=ROWS, registry=self.registry
+        )
+        for outcome in OUTCOMES:
+            for stream in ("true", "false"):
+                self._requests.labels(outcome, stream)
+
+    def _seconds(self, name: str, help_text: str) -> Histogram:
+        return Histogram(f"moescope_{name}_seconds", help_text, buckets=SECONDS, registry=self.registry)
+
+    def record_step(self, report: StepReport) -> None:
+        if report.phase is None:  # only news of sequences that ended between two steps
+            return
+        self._steps[report.phase].observe(report.seconds)
+        if report.phase is Phase.DECODE:
+            self._batch_size.observe(report.batch_size)
+
+    def record_first_token(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def record_next_token(self, seconds: float) -> None:
+        self._inter_token.observe(seconds)
+
+    def record_end(self, ended: Ended, *, stream: bool) -> None:
+        self._queue.observe(ended.queue_s)
+        self._request.observe(ended.total_s)
+        self._count(OUTCOME_OF_REASON[ended.reason], stream)
+
+    def record_refusal(self, error_type: str, *, stream: bool) -> None:
+        self._count(OUTCOME_OF_TYPE[error_type], stream)
+
+    def _count(self, outcome: str, stream: bool) -> None:
+        self._requests.labels(outcome, str(stream).lower()).inc()
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition and its content type, in the format that the scraper prefers."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+
+class EngineCollector(Collector):
+    """Turns the engine's last consistent copy of its figures into samples; all zero until the first copy is there."""
+
+    def __init__(self, engine: EngineThread, config: ModelConfig, build: dict[str, str]) -> None:
+        self._engine = engine
+        self._config = config
+        self._build = build
+
+    def collect(self) -> Iterator[Metric]:
+        figures = self._engine.last_figures
+        yield from self._experts(figures)
+        yield from self._sequences(figures)
+        ready = GaugeMetricFamily("moescope_ready", "1 while text can be generated")
+        ready.add_metric([], float(self._engine.phase is EnginePhase.READY))
+        yield ready
+        yield from self._about_the_build()
+
+    def _experts(self, figures: Figures | None) -> Iterator[Metric]:
+        layers, experts = self._config.num_layers, self._config.num_experts
+        counts = figures.expert_counts if figures else np.zeros((len(Phase), layers, experts), np.int64)
+        weights = figures.gate_weight if figures else np.zeros((layers, experts))
+        routed = figures.routed_tokens if figures else np.zeros((len(Phase), layers), np.int64)
+        tokens = CounterMetricFamily(
+            "moescope_expert_tokens", "Tokens an expert worked on", labels=["layer", "expert", "phase"]
+        )
+        weight = CounterMetricFamily(
+            "moescope_expert_gate_weight", "Sum of the weights an expert's work had", labels=["layer", "expert"]
+        )
+        total = CounterMetricFamily("moescope_routed_tokens", "Tokens routed in a layer", labels=["layer", "phase"])
+        for layer in range(layers):
+            for expert in range(experts):
+                weight.add_metric([str(layer), str(expert)], float(weights[layer, expert]))
+                for index, phase in enumerate(Phase):
+                    tokens.add_metric([str(layer), str(expert), phase], int(counts[index, layer, expert]))
+            for index, phase in enumerate(Phase):
+                total.add_metric([str(layer), phase], int(routed[index, layer]))
+        yield from (tokens, weight, total)
+
+    def _sequences(self, figures: Figures | None) -> Iterator[Metric]:
+        prompt, generated = (figures.prompt_tokens, figures.generated_tokens) if figures else (0, 0)
+        yield CounterMetricFamily("moescope_prompt_tokens", "Prompt tokens read", value=prompt)
+        yield CounterMetricFamily("moescope_generated_tokens", "Tokens drawn", value=generated)
+        running, queued = (figures.running, figures.queued) if figures else (0, 0)
+        yield GaugeMetricFamily("moescope_requests_running", "Requests that have a slot", value=running)
+        yield GaugeMetricFamily("moescope_requests_queued", "Requests that wait for a slot", value=queued)
+        age = time.monotonic() - figures.taken_at if figures else 0.0
+        yield GaugeMetricFamily("moescope_figures_age_seconds", "How old the engine's figures are", value=age)
+
+    def _about_the_build(self) -> Iterator[Metric]:
+        info = self._engine.info
+        if info is None:  # which device and which runner turns out while loading
+            return
+        yield GaugeMetricFamily("moescope_slots", "Requests that can run at the same time", value=info.num_slots)
+        labels = {**self._build, "device": info.device, "runner": info.runner, "torch": info.torch_version}
+        build = GaugeMetricFamily("moescope_build_info", "What is running; always 1", labels=list(labels))
+        build.add_metric(list(labels.values()), 1)
+        yield build

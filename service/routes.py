@@ -1,0 +1,136 @@
+"""The routes, one sentence each. Their words are in schemas, their streams in streaming, their refusals in errors."""
+
+from __future__ import annotations
+
+import platform
+from functools import partial
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from service.admission import Admission, Admitted, abandoned_on_disconnect
+from service.card import ModelCard
+from service.engine.thread import EnginePhase, EngineThread
+from service.errors import ApiError
+from service.exchange import refresh_figures
+from service.metrics import Metrics
+from service.schemas import (
+    MAX_PROMPT_CHARACTERS,
+    DefaultsInfo,
+    ErrorBody,
+    GenerateAnswer,
+    GenerateBody,
+    Health,
+    Info,
+    LimitsInfo,
+    Versions,
+)
+from service.settings import Settings
+from service.streaming import EventStream, TextDecoder, Transcript, collect, raise_if_refused, stream_events
+
+FIGURES_WAIT_S = 0.5
+ANSWERING = frozenset({EnginePhase.READY, EnginePhase.DRAINING})
+
+
+class Routes:
+    """The handlers with what they need; ``router()`` puts them at their addresses."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        card: ModelCard,
+        engine: EngineThread,
+        admission: Admission,
+        metrics: Metrics,
+        version: str,
+    ) -> None:
+        self._settings = settings
+        self._card = card
+        self._engine = engine
+        self._admission = admission
+        self._metrics = metrics
+        self._version = version
+
+    def router(self) -> APIRouter:
+        router = APIRouter(responses={"default": {"model": ErrorBody, "description": "Refused, or failed"}})
+        router.add_api_route(
+            "/generate",
+            self.generate,
+            methods=["POST"],
+            response_model=GenerateAnswer,
+            responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+            openapi_extra={
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": GenerateBody.model_json_schema()}},
+                }
+            },
+        )
+        router.add_api_route("/info", self.info, methods=["GET"], response_model=Info)
+        router.add_api_route("/livez", self.livez, methods=["GET"], response_model=Health)
+        router.add_api_route("/readyz", self.readyz, methods=["GET"], response_model=Health)
+        router.add_api_route("/metrics", self.metrics, methods=["GET"], response_class=Response)
+        return router
+
+    async def generate(self, request: Request) -> Response:
+        """Continue a prompt: server-sent events as the tokens come, or one JSON body with ``"stream": false``."""
+        admitted = await self._admission.admit(request)
+        try:
+            return await self._answer(request, admitted)
+        except BaseException:
+            self._admission.give_back(admitted.stream)
+            raise
+
+    async def _answer(self, request: Request, admitted: Admitted) -> Response:
+        transcript = Transcript(admitted.generation, TextDecoder(self._card.tokenizer))
+        stream = admitted.stream
+        async with abandoned_on_disconnect(request, stream):
+            first = await stream.next_events()
+            raise_if_refused(first[0])
+            if not admitted.body.stream:
+                with_tokens = admitted.body.return_routed_experts
+                return JSONResponse(
+                    await collect(admitted.generation, transcript, stream, first, with_tokens=with_tokens)
+                )
+        return EventStream(
+            stream_events(transcript, stream, first), give_back=partial(self._admission.give_back, stream)
+        )
+
+    async def info(self) -> Info:
+        """What is served, where, and within which limits."""
+        limits, engine = self._admission.limits, self._engine.info
+        return Info(
+            model=self._card.describe(),
+            vocabulary=self._card.tokenizer.tokens,
+            limits=LimitsInfo(prompt_characters=MAX_PROMPT_CHARACTERS, max_new_tokens=limits.max_new_tokens),
+            defaults=DefaultsInfo.model_validate(limits.defaults()),
+            phase=self._engine.phase,
+            device=engine and engine.device,
+            threads=self._settings.threads,
+            runner=engine and engine.runner,
+            slots=engine.num_slots if engine else self._settings.slots,
+            checkpoint=self._card.fingerprint,
+            versions=Versions(
+                moescope=self._version, torch=engine and engine.torch_version, python=platform.python_version()
+            ),
+        )
+
+    async def livez(self, request: Request) -> Response:
+        """200 while the process does its work; 503 once only a restart helps."""
+        return self._health(request, good=frozenset(EnginePhase) - {EnginePhase.FAILED})
+
+    async def readyz(self, request: Request) -> Response:
+        """200 while text can be generated."""
+        return self._health(request, good=frozenset({EnginePhase.READY}))
+
+    def _health(self, request: Request, *, good: frozenset[EnginePhase]) -> JSONResponse:
+        phase = self._engine.phase  # read once: it changes on another thread
+        health = Health(phase=phase, elapsed_s=round(self._engine.phase_elapsed_s, 3)).model_dump()
+        return JSONResponse(health) if phase in good else ApiError(phase).response(request.state.request_id, **health)
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus metrics; while loading with zeros for what has not happened yet."""
+        if self._engine.phase in ANSWERING:
+            await refresh_figures(self._engine, FIGURES_WAIT_S)
+        content, content_type = self._metrics.render(request.headers.get("accept", ""))
+        return Response(content, headers={"Content-Type": content_type})

@@ -1,0 +1,223 @@
+"""The wire contract: what a body may say and what answers look like. Knows no HTTP and no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from service.errors import ApiError
+
+MAX_PROMPT_CHARACTERS = 8192
+DEFAULT_NEW_TOKENS = 256
+MIN_TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What of the contract depends on the server: its settings and its model."""
+
+    max_new_tokens: int
+    vocab_size: int
+
+    @property
+    def default_new_tokens(self) -> int:
+        return min(DEFAULT_NEW_TOKENS, self.max_new_tokens)
+
+    def defaults(self) -> dict[str, Any]:
+        """What an absent field means, for those fields that a reader may want to show."""
+        names = ("temperature", "top_k", "top_p")
+        fields = {name: GenerateBody.model_fields[name].default for name in names}
+        return {"max_new_tokens": self.default_new_tokens, **fields}
+
+
+class GenerateBody(BaseModel):
+    """What to generate. A field that is absent or null has its default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS, description="text to continue; empty starts from a newline")
+    max_new_tokens: int = Field(DEFAULT_NEW_TOKENS, ge=1, description="most tokens to draw; the server sets a limit")
+    temperature: float = Field(0.8, ge=0, le=2, description="0 is greedy; otherwise 0.01 to 2")
+    top_k: int = Field(0, ge=0, description="draw from the k likeliest tokens; 0 is off; at most the vocabulary's size")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draw from the likeliest tokens that hold this share of probability"
+    )
+    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="fixes every draw; chosen below 2^32 when absent")
+    stream: bool = Field(True, description="server-sent events as they come, or one JSON body at the end")
+    return_routed_experts: bool = Field(False, description="which experts each token was drawn with, and their weights")
+    unknown_characters: Literal["refuse", "fold"] = Field(
+        "refuse",
+        description="characters outside the vocabulary: refuse the request, or fold them to plain ones or nothing",
+    )
+
+    @field_validator("temperature")
+    @classmethod
+    def _greedy_or_warm(cls, value: float) -> float:
+        if 0 < value < MIN_TEMPERATURE:
+            raise PydanticCustomError("out_of_range", "must be 0 or between 0.01 and 2")
+        return value
+
+    @field_validator("max_new_tokens", "top_k")
+    @classmethod
+    def _within_server_limit(cls, value: int, info: ValidationInfo) -> int:
+        limits = info.context
+        assert isinstance(limits, Limits)
+        most = limits.max_new_tokens if info.field_name == "max_new_tokens" else limits.vocab_size
+        if value > most:
+            raise PydanticCustomError("out_of_range", "must be at most {most}", {"most": most})
+        return value
+
+    def params(self) -> dict[str, Any]:
+        """How the text is made, as the answer repeats it; with the prompt and the seed it makes the same text again."""
+        return self.model_dump(exclude={"prompt", "seed", "stream"})
+
+
+def parse_generate(raw: dict[str, Any], limits: Limits) -> GenerateBody:
+    """Raises ApiError with the first thing that is wrong; never with what the client sent."""
+    given = {name: value for name, value in raw.items() if value is not None or name not in GenerateBody.model_fields}
+    given.setdefault("max_new_tokens", limits.default_new_tokens)
+    try:
+        return GenerateBody.model_validate(given, context=limits)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+_CODES = {
+    "extra_forbidden": "unknown_field",
+    "missing": "missing_field",
+    "string_too_long": "prompt_too_long",
+    "string_unicode": "invalid_unicode",
+    "finite_number": "not_finite",
+    "greater_than": "out_of_range",
+    "greater_than_equal": "out_of_range",
+    "less_than_equal": "out_of_range",
+    "literal_error": "out_of_range",
+    "out_of_range": "out_of_range",
+}
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    code = _CODES.get(first["type"], "wrong_type")
+    if code == "unknown_field":  # its name is the client's, so it is not repeated
+        known = ", ".join(GenerateBody.model_fields)
+        return ApiError(code, f"the body has a field that is not known; known are {known}")
+    param = str(first["loc"][0]) if first["loc"] else None  # a name that is no Unicode has no place of its own
+    if code in ("missing_field", "invalid_unicode"):
+        return ApiError(code, param=param)
+    reason = first["msg"].replace("Input should", "must").replace("String should", "must")
+    return ApiError(code, f"{param} {reason}", param=param)
+
+
+class ErrorDetail(BaseModel):
+    type: str
+    code: str
+    message: str
+    param: str | None
+    request_id: str
+
+
+class ErrorBody(BaseModel):
+    """Every answer with a status of 400 or more."""
+
+    error: ErrorDetail
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    generated_tokens: int
+    total_tokens: int
+
+
+class Timings(BaseModel):
+    """Seconds since the request was accepted; null where there was nothing to time."""
+
+    queue_s: float
+    ttft_s: float | None
+    total_s: float
+    tokens_per_s: float | None
+
+
+class Routing(BaseModel):
+    """counts is [layer][expert]; every layer sums to experts_per_token times tokens."""
+
+    tokens: int
+    counts: list[list[int]]
+
+
+class TokenBody(BaseModel):
+    index: int
+    text: str
+    token_id: int
+    routed_experts: list[list[int]]
+    expert_weights: list[list[float]]
+
+
+class GenerateAnswer(BaseModel):
+    """The answer to ``"stream": false``; ``event: done`` has the same fields but id, model, params and tokens."""
+
+    id: str
+    model: str
+    finish_reason: Literal["length", "eos", "timeout"]
+    text: str
+    usage: Usage
+    timings: Timings
+    seed: int
+    params: dict[str, Any]
+    routing: Routing
+    prompt_used: str | None = None
+    tokens: list[TokenBody] | None = None
+
+
+class ModelInfo(BaseModel):
+    name: str
+    parameters: int
+    active_parameters: int
+    num_layers: int
+    num_experts: int
+    experts_per_token: int
+    hidden_size: int
+    context_length: int
+    validation_loss: float | None
+
+
+class LimitsInfo(BaseModel):
+    prompt_characters: int
+    max_new_tokens: int
+
+
+class DefaultsInfo(BaseModel):
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+class Versions(BaseModel):
+    moescope: str
+    torch: str | None
+    python: str
+
+
+class Info(BaseModel):
+    """What is served, where and within which limits. What is known only once the model is loaded is null until then."""
+
+    model: ModelInfo
+    vocabulary: list[str]
+    limits: LimitsInfo
+    defaults: DefaultsInfo
+    phase: str
+    device: str | None
+    threads: int
+    runner: str | None
+    slots: int | None
+    checkpoint: str
+    versions: Versions
+
+
+class Health(BaseModel):
+    phase: str
+    elapsed_s: float

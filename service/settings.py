@@ -1,0 +1,77 @@
+"""Flags, environment, defaults, and one line for a value that cannot be. Knows nothing of what the settings steer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from service.cpus import usable_cpus
+
+ENV_PREFIX = "MOESCOPE_"
+
+
+class SettingsRefused(ValueError):
+    """A flag or an environment variable cannot be honoured. The message is one line for whoever typed it."""
+
+
+class Settings(BaseSettings):
+    """Serve a mixture-of-experts language model over HTTP. The environment names a flag --max-new-tokens
+    MOESCOPE_MAX_NEW_TOKENS; where both are given the flag wins."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        cli_prog_name="python -m service",
+        cli_kebab_case=True,
+        cli_exit_on_error=False,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 is every interface")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    checkpoint: Path = Field(Path("checkpoints/shakespeare"), description="folder of the model to serve")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the model runs; auto is cuda if there is one"
+    )
+    threads: int = Field(default_factory=usable_cpus, ge=1, le=1024, description="CPU threads of the model")
+    slots: int | None = Field(
+        None, ge=1, le=4096, description="requests that run at the same time; otherwise what fits in memory, at most 64"
+    )
+    kv_memory_mib: int = Field(1024, ge=1, description="most memory that the slots' caches may take, in MiB")
+    queue: int = Field(256, ge=0, description="requests that may wait for a slot; the next one gets a 429")
+    request_timeout_s: float = Field(
+        300, gt=0, le=86_400, allow_inf_nan=False, description="longest life of a request, in seconds"
+    )
+    max_new_tokens: int = Field(4096, ge=1, le=1_000_000, description="most tokens that one request may ask for")
+    prefill_chunk: int = Field(128, ge=16, multiple_of=16, description="prompt tokens that are read in one step")
+    grace_s: float = Field(
+        30,
+        ge=0,
+        le=86_400,
+        allow_inf_nan=False,
+        description="time for running requests to finish at shutdown, in seconds",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+
+def read_settings(arguments: Sequence[str]) -> Settings:
+    """Flags, then environment, then defaults. Raises SettingsRefused; prints and exits for --help."""
+    try:
+        return Settings(_cli_parse_args=list(arguments))
+    except SettingsError as error:
+        raise SettingsRefused(str(error).removeprefix("error parsing CLI: ")) from None
+    except ValidationError as error:
+        raise SettingsRefused(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = str(first["loc"][0])
+    reason = first["msg"].replace("Input should", "it should").replace("String should", "it should")
+    return f"--{name.replace('_', '-')} ({ENV_PREFIX}{name.upper()}) is {str(first['input'])!r}; {reason}"

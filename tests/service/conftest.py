@@ -1,0 +1,48 @@
+"""Servers for the tests of the edge: real processes on loopback ports with a tiny checkpoint of random weights."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import tiny_checkpoint
+from tests.service.serving import FOR_EVER, Server
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two that wait for each other on a busy machine take a hundred times as long
+    try:
+        return tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="package")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One for all tests that leave it as they found it."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    server = Server(log, "--checkpoint", checkpoint, "--slots", 4, "--threads", 1, "--max-new-tokens", FOR_EVER)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def start_server(checkpoint: Path, tmp_path: Path) -> Iterator[StartServer]:
+    """Starts one with flags of the test's own; it is not waited for."""
+    started: list[Server] = []
+
+    def start(*flags: object) -> Server:
+        log = tmp_path / f"log-{len(started)}"
+        started.append(Server(log, "--checkpoint", checkpoint, "--threads", 1, "--max-new-tokens", FOR_EVER, *flags))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()

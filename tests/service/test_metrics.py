@@ -1,0 +1,100 @@
+"""What /metrics says is what the requests say: the sum rule, the growth, and a series for everything from the start."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from service.metrics import OUTCOMES
+from tests.service.serving import FOR_EVER, Samples, Server
+
+
+def assert_the_sum_rule(samples: Samples, experts_per_token: int) -> None:
+    routed = samples.by("routed_tokens_total", "layer")
+    worked = samples.by("expert_tokens_total", "layer")
+    assert worked == {layer: experts_per_token * tokens for layer, tokens in routed.items()}
+    weight = samples.by("expert_gate_weight_total", "layer")
+    assert weight == pytest.approx(routed, rel=1e-5)  # every token's weights add up to one
+
+
+def growth(before: Samples, after: Samples, name: str, **labels: object) -> float:
+    return after.total(name, **labels) - before.total(name, **labels)
+
+
+def generations(log: str) -> list[dict[str, Any]]:
+    lines = (json.loads(line) for line in log.splitlines())
+    return [line for line in lines if line["event"] == "generated"]
+
+
+def test_the_counters_grow_by_what_the_requests_report_themselves(server: Server) -> None:
+    """Prefill in several chunks, decode, rows that are padding, and one request that is cancelled half-way."""
+    model = server.client.get("/info").json()["model"]
+    before, logged = server.metrics(), len(generations(server.log))
+    prompts = ["", "ROMEO:", "a" * 15, "b" * 128, "c" * 300]
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda prompt: server.answer(prompt, max_new_tokens=7), prompts))
+    connection = server.send(max_new_tokens=FOR_EVER)
+    connection.recv(1)
+    connection.close()
+    server.wait_for(requests_running=0)
+    after = server.metrics()
+
+    assert_the_sum_rule(before, model["experts_per_token"])
+    assert_the_sum_rule(after, model["experts_per_token"])
+    (cancelled,) = [line for line in generations(server.log)[logged:] if line["reason"] == "cancelled"]
+    prompt_tokens = sum(answer["usage"]["prompt_tokens"] for answer in answers) + cancelled["prompt_tokens"]
+    generated = sum(answer["usage"]["generated_tokens"] for answer in answers) + cancelled["generated_tokens"]
+    requests = len(answers) + 1
+    assert growth(before, after, "prompt_tokens_total") == prompt_tokens
+    assert growth(before, after, "generated_tokens_total") == generated
+    for layer in range(model["num_layers"]):
+        assert growth(before, after, "routed_tokens_total", layer=layer, phase="prefill") == prompt_tokens
+        assert growth(before, after, "routed_tokens_total", layer=layer, phase="decode") == generated - requests
+
+
+def test_every_expert_s_counter_grows_by_what_the_answers_count(server: Server) -> None:
+    before = server.metrics()
+    answers = [server.answer(prompt, max_new_tokens=9) for prompt in ("JULIET:", "To be, or not to be", "")]
+    after = server.metrics()
+    layers = range(len(answers[0]["routing"]["counts"]))
+    for layer in layers:
+        for expert in range(len(answers[0]["routing"]["counts"][layer])):
+            told = sum(answer["routing"]["counts"][layer][expert] for answer in answers)
+            assert growth(before, after, "expert_tokens_total", layer=layer, expert=expert) == told
+
+
+def test_requests_and_their_times_are_counted_once_each(server: Server) -> None:
+    before = server.metrics()
+    server.events(max_new_tokens=5)
+    server.answer(max_new_tokens=5)
+    server.generate("\u2205")
+    after = server.metrics()
+    for stream in ("true", "false"):
+        assert growth(before, after, "requests_total", outcome="length", stream=stream) == 1
+    assert growth(before, after, "requests_total", outcome="rejected_invalid") == 1
+    assert growth(before, after, "requests_total") == 3
+    for name in ("time_to_first_token_seconds_count", "queue_seconds_count", "request_seconds_count"):
+        assert growth(before, after, name) == 2
+    assert growth(before, after, "inter_token_seconds_count") == 2 * 4
+    assert growth(before, after, "step_seconds_count", phase="prefill") == 2
+    assert growth(before, after, "step_seconds_count", phase="decode") == growth(before, after, "batch_size_count") == 8
+
+
+def test_every_series_is_there_from_the_start(server: Server) -> None:
+    model, samples = server.client.get("/info").json()["model"], server.metrics()
+    assert set(samples.by("requests_total", "outcome")) == set(OUTCOMES)
+    experts = {str(expert) for expert in range(model["num_experts"])}
+    for layer in range(model["num_layers"]):
+        for phase in ("prefill", "decode"):
+            assert set(samples.by("expert_tokens_total", "expert", layer=layer, phase=phase)) == experts
+    assert samples.total("ready") == 1
+    assert samples.total("slots") == 4
+    assert samples.total("build_info", checkpoint=server.client.get("/info").json()["checkpoint"]) == 1
+
+
+def test_the_process_is_measured_too_and_either_format_is_spoken(server: Server) -> None:
+    assert "process_cpu_seconds_total" in server.client.get("/metrics").text
+    openmetrics = server.client.get("/metrics", headers={"Accept": "application/openmetrics-text;version=1.0.0"})
+    assert openmetrics.headers["content-type"].startswith("application/openmetrics-text")
+    assert openmetrics.text.endswith("# EOF\n")

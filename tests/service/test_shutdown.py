@@ -1,0 +1,56 @@
+"""SIGTERM and Ctrl-C: those who run may finish, those who wait are told, nobody hangs, and the exit code is 0."""
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.service.conftest import StartServer
+from tests.service.serving import FOR_EVER, parse_events
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_streams_end_with_one_event_and_what_waits_with_a_503(
+    start_server: StartServer, number: signal.Signals
+) -> None:
+    server = start_server("--slots", 2, "--grace-s", 1).wait_until_ready()
+    with ThreadPoolExecutor() as pool:
+        streamed = pool.submit(server.generate, max_new_tokens=FOR_EVER)
+        plain = pool.submit(server.generate, max_new_tokens=FOR_EVER, stream=False)
+        server.wait_for(requests_running=2)
+        waiting = pool.submit(server.generate)
+        server.wait_for(requests_queued=1)
+        server.signal(number)
+        assert waiting.result().status_code == 503
+        assert server.client.get("/readyz").json()["phase"] == "draining"
+        refused = server.generate()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+    assert refused.headers["retry-after"]
+    assert waiting.result().json()["error"]["code"] == "shutdown"
+    assert (plain.result().status_code, plain.result().json()["error"]["code"]) == (503, "shutdown")
+    name, last = parse_events(streamed.result().iter_lines())[-1]
+    assert (name, last["code"], last["error"]["code"]) == ("error", "shutdown", "shutdown")
+    assert server.exit_code() == 0
+    assert "Traceback" not in server.log
+    assert '"level": "error"' not in server.log
+
+
+def test_a_stream_that_ends_within_the_grace_time_is_complete(start_server: StartServer) -> None:
+    server = start_server("--grace-s", 60).wait_until_ready()
+    with ThreadPoolExecutor() as pool:
+        streamed = pool.submit(server.generate, max_new_tokens=500)
+        server.wait_for(requests_running=1)
+        server.signal(signal.SIGTERM)
+    assert parse_events(streamed.result().iter_lines())[-1][1]["usage"]["generated_tokens"] == 500
+    assert server.exit_code() == 0
+
+
+def test_a_second_signal_does_not_wait(start_server: StartServer) -> None:
+    server = start_server("--grace-s", 1000).wait_until_ready()
+    connection = server.send(max_new_tokens=FOR_EVER)
+    server.wait_for(requests_running=1)
+    server.signal(signal.SIGTERM)
+    server.wait_for(ready=0)
+    server.signal(signal.SIGTERM)
+    assert server.exit_code() == 128 + signal.SIGTERM
+    connection.close()

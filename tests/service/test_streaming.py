@@ -1,0 +1,72 @@
+"""What the wire says for each way a sequence can go, also for those that a healthy server cannot be made to take."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from model.tokenizer import Tokenizer
+from service.engine.sequence import DrawnToken, Ended, Event, FinishReason
+from service.errors import ApiError
+from service.streaming import Generation, TextDecoder, Transcript, raise_if_refused, sse
+
+ENDED = Ended(
+    FinishReason.LENGTH,
+    prompt_tokens=3,
+    generated_tokens=2,
+    routed_tokens=4,
+    expert_counts=((3, 5), (8, 0)),
+    queue_s=0.5,
+    ttft_s=0.75,
+    total_s=1.5,
+)
+
+
+@pytest.fixture
+def transcript() -> Transcript:
+    generation = Generation("an-id", "tiny", seed=7, params={}, num_prompt_tokens=3, prompt_used=None)
+    return Transcript(generation, TextDecoder(Tokenizer.of_characters("\n\u00e9a")))
+
+
+def parsed(written: bytes) -> tuple[str, dict[str, Any]]:
+    event, data, *rest = written.decode().split("\n")
+    assert rest == ["", ""]
+    return event.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+
+def test_an_event_is_one_data_line_whatever_is_in_it(transcript: Transcript) -> None:
+    assert sse("token", {"text": "\n\r\u2028\u00e9"}).count(b"\n") == 3
+    assert parsed(transcript.event(DrawnToken(0, 0)))[1]["text"] == "\n"
+
+
+def test_the_end_has_the_text_the_usage_and_the_rates(transcript: Transcript) -> None:
+    for index, token_id in enumerate((1, 0)):
+        transcript.event(DrawnToken(index, token_id))
+    name, done = parsed(transcript.event(ENDED))
+    assert (name, done["finish_reason"], done["text"]) == ("done", "length", "a\n")
+    assert done["usage"] == {"prompt_tokens": 3, "generated_tokens": 2, "total_tokens": 5}
+    assert done["timings"] == {"queue_s": 0.5, "ttft_s": 0.75, "total_s": 1.5, "tokens_per_s": 2.0}
+    assert done["routing"] == {"tokens": 4, "counts": [[3, 5], [8, 0]]}
+
+
+@pytest.mark.parametrize("reason", [FinishReason.SHUTDOWN, FinishReason.INTERNAL, FinishReason.NON_FINITE])
+def test_a_stream_that_fails_ends_with_an_error_event(transcript: Transcript, reason: FinishReason) -> None:
+    name, data = parsed(transcript.event(replace(ENDED, reason=reason)))
+    assert (name, data["code"], data["error"]["code"]) == ("error", reason, reason)
+    assert data["error"]["request_id"] == "an-id"
+
+
+@pytest.mark.parametrize(
+    ("first", "status"),
+    [
+        (replace(ENDED, reason=FinishReason.SHUTDOWN), 503),
+        (replace(ENDED, reason=FinishReason.INTERNAL), 500),
+        (replace(ENDED, reason=FinishReason.NON_FINITE), 500),
+        (replace(ENDED, reason=FinishReason.TIMEOUT), 504),
+    ],
+)
+def test_what_ends_before_its_first_token_gets_a_status_of_its_own(first: Event, status: int) -> None:
+    with pytest.raises(ApiError) as refused:
+        raise_if_refused(first)
+    assert refused.value.kind.status == status
