@@ -1,0 +1,86 @@
+"""A browser with a real server's page in it. Knows how a page misbehaves: on its console, or by asking strangers."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+
+from tests.checkpoints import tiny_checkpoint
+from tests.service.serving import Server
+
+
+@dataclass
+class Visit:
+    """One page, and what it did that a reader does not see."""
+
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.page.on("console", self._on_console)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", self._on_request)
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):  # a violated policy shows up here as well
+            self.complaints.append(message.text)
+
+    def _on_request(self, request: Request) -> None:
+        self.asked.append(request.url)
+
+
+OpenPage = Callable[..., Visit]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    tiny_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    server = Server(log, "--checkpoint", checkpoint, "--slots", 4, "--threads", 1)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def narrow_server(checkpoint: Path, tmp_path: Path) -> Iterator[Server]:
+    """One place to write and one to wait; it is not waited for."""
+    server = Server(tmp_path / "log", "--checkpoint", checkpoint, "--slots", 1, "--queue", 1, "--threads", 1)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
+    path = os.environ.get("CHROMIUM") or request.getfixturevalue("chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # CI often runs as root
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[OpenPage]:
+    """Opens a server's page; `width` in pixels, what is behind the # as `settings`."""
+    with browser.new_context(permissions=["clipboard-read", "clipboard-write"]) as context:
+
+        def open_page(server: Server, settings: str = "", width: int = 1280) -> Visit:
+            visit = Visit(context.new_page())
+            visit.page.set_viewport_size({"width": width, "height": 800})
+            visit.page.goto(f"{server.url}/#{settings}")
+            return visit
+
+        yield open_page

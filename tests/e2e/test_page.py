@@ -1,0 +1,274 @@
+"""The page as its reader has it: a real browser in front of a real server."""
+
+import re
+import shutil
+import subprocess
+from typing import Any, Literal
+from urllib.parse import urlencode
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from tests.e2e.conftest import OpenPage
+from tests.service.serving import PATIENCE_S, Event, Server, parse_events
+
+PATIENCE_MS = PATIENCE_S * 1000
+NUM_TOKENS = 200
+
+
+def settings(**values: object) -> str:
+    return urlencode({"prompt": "ROMEO:", "max_new_tokens": NUM_TOKENS, "seed": 7, **values})
+
+
+def generate(page: Page) -> None:
+    page.get_by_role("button", name="Generate").click()
+
+
+def wait_until_done(page: Page) -> None:
+    expect_state(page, "Done.")
+
+
+def expect_state(page: Page, words: str | re.Pattern[str]) -> None:
+    expect(page.locator("#state")).to_have_text(words, timeout=PATIENCE_MS)
+
+
+def letters(page: Page) -> Locator:
+    return page.locator("#text .letter")
+
+
+def wait_for_letters(page: Page, count: int) -> None:
+    expect(letters(page).nth(count - 1)).to_be_attached(timeout=PATIENCE_MS)
+
+
+def written(page: Page) -> str:
+    return "".join(letters(page).all_text_contents())
+
+
+def events_of_generating(page: Page) -> list[Event]:
+    """What the page itself is sent, from start to done."""
+    page.evaluate(
+        """() => {
+            const fetch = window.fetch;
+            window.fetch = async (...request) => {
+                const response = await fetch(...request);
+                window.received = response.clone().text();
+                return response;
+            };
+        }"""
+    )
+    generate(page)
+    wait_until_done(page)
+    return parse_events(page.evaluate("received").split("\n"))
+
+
+def token_events(page: Page) -> list[dict[str, Any]]:
+    return [data for name, data in events_of_generating(page) if name == "token"]
+
+
+def top_experts(tokens: list[dict[str, Any]], layer: int) -> list[int]:
+    weighted = ((token["expert_weights"][layer], token["routed_experts"][layer]) for token in tokens)
+    return [experts[weights.index(max(weights))] for weights, experts in weighted]
+
+
+def tints(letters_or_legend: Locator) -> list[str]:
+    colours: list[str] = letters_or_legend.evaluate_all("all => all.map(one => getComputedStyle(one).backgroundColor)")
+    return colours
+
+
+def choose_layer(page: Page, layer: int) -> None:
+    page.get_by_role("group", name="Layer").get_by_role("radio", name=str(layer), exact=True).check()
+
+
+def test_text_appears_in_several_updates_before_the_end(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, settings(max_new_tokens=600)).page
+    page.evaluate(
+        """() => {
+            window.lengths = [];
+            const note = () => document.getElementById("stop").disabled || lengths.push(text.childElementCount);
+            new MutationObserver(note).observe(text, { childList: true });
+        }"""
+    )
+    generate(page)
+    wait_until_done(page)
+    lengths = page.evaluate("lengths")
+    assert len(set(lengths)) > 5
+    assert lengths == sorted(lengths)
+    assert letters(page).count() == 600
+
+
+@pytest.mark.parametrize("how", ["button", "escape"])
+def test_stop_ends_the_stream_and_frees_the_slot(server: Server, open_page: OpenPage, how: str) -> None:
+    page = open_page(server, settings(max_new_tokens=4096)).page
+    num_cancelled = server.metrics().total("requests_total", outcome="cancelled")
+    generate(page)
+    wait_for_letters(page, 20)
+    if how == "button":
+        page.get_by_role("button", name="Stop").click()
+    else:
+        page.keyboard.press("Escape")
+    expect_state(page, re.compile(r"^Stopped after \d+ tokens\.$"))
+    server.wait_for(requests_running=0)
+    assert server.metrics().total("requests_total", outcome="cancelled") == num_cancelled + 1
+    assert 20 <= letters(page).count() < 4096
+
+
+def test_a_letter_has_the_tint_and_number_of_its_top_expert_in_every_layer(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, settings()).page
+    tokens = token_events(page)
+    legend = tints(page.locator("#legend li"))
+    assert len(set(legend)) == len(legend)
+    assert "".join(token["text"] for token in tokens) == written(page)
+    for layer in range(len(tokens[0]["routed_experts"])):
+        choose_layer(page, layer)
+        expected = top_experts(tokens, layer)
+        numbers = letters(page).evaluate_all("all => all.map(one => Number(one.dataset.expert))")
+        assert numbers == expected
+        assert tints(letters(page)) == [legend[expert] for expert in expected]
+
+
+def test_switching_layers_while_text_comes_tints_old_and_new_letters(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, settings(max_new_tokens=600)).page
+    generate(page)
+    wait_for_letters(page, 50)
+    choose_layer(page, 1)
+    wait_until_done(page)
+    switched_midway = tints(letters(page))
+    choose_layer(page, 0)
+    assert tints(letters(page)) != switched_midway
+    choose_layer(page, 1)
+    assert tints(letters(page)) == switched_midway
+
+
+def test_numbers_under_the_letters_say_what_the_tint_says(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, settings()).page
+    generate(page)
+    wait_until_done(page)
+    page.get_by_label("Numbers").check()
+    letter = page.locator("#text .letter:not(.break)").first
+    shown = letter.evaluate("one => getComputedStyle(one, '::after').content")
+    assert re.findall(r"\d+", shown) == [letter.get_attribute("data-expert")]
+
+
+def test_the_heatmap_ends_on_the_counts_of_the_request(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, settings()).page
+    name, done = events_of_generating(page)[-1]
+    assert name == "done"
+    rows = [row.locator("td").all_text_contents() for row in page.locator("#heat tbody tr").all()]
+    for shown, row in zip(rows, done["routing"]["counts"], strict=True):
+        # JavaScript rounds a half up, Python to even; both are within half a percent.
+        assert [int(cell or 0) for cell in shown] == pytest.approx([100 * count / sum(row) for count in row], abs=0.501)
+
+
+def test_the_address_and_same_seed_make_the_same_text_again(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, "prompt=JULIET:&max_new_tokens=120&temperature=1.1&top_k=20&top_p=0.95&layer=1").page
+    generate(page)
+    wait_until_done(page)
+    text = written(page)
+    page.get_by_role("button", name="Same seed").click()
+    expect_state(page, "Done.")
+    assert written(page) == text
+
+    page.reload()  # the address has the drawn seed by now
+    expect(page.get_by_label("Top k", exact=False).first).to_have_value("20")
+    expect(page.locator("#layer-1")).to_be_checked()
+    generate(page)
+    wait_until_done(page)
+    assert written(page) == text
+
+
+def test_the_curl_line_makes_the_text_of_the_page(server: Server, open_page: OpenPage) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("no curl on this machine")
+    page = open_page(server, settings(prompt='\'Tis $HOME \\ "not"\n')).page
+    generate(page)
+    wait_until_done(page)
+    page.get_by_role("button", name="Copy as curl").click()
+    expect_state(page, "Copied.")
+    command = page.evaluate("navigator.clipboard.readText()")
+    answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert parse_events(answer.stdout.split("\n"))[-1][1]["text"] == written(page)
+
+
+def test_foreign_characters_are_folded_and_the_reader_is_told(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, settings(prompt="KÉNT — 日")).page
+    generate(page)
+    wait_until_done(page)
+    expect(page.locator("#folded")).to_have_text("Not in the model’s alphabet: É — 日. It read: KENT - ")
+    expect(page.locator("#text .given")).to_have_text("KENT - ")
+
+
+def test_arrow_keys_go_from_letter_to_letter_and_tell_their_experts(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, settings()).page
+    token = token_events(page)[1]
+    page.locator("#text").press("ArrowRight")
+    page.locator("#text").press("ArrowRight")
+    expect(page.locator("#card .row")).to_have_count(len(token["routed_experts"]))
+    experts = sorted(page.locator("#card .row").first.locator("b").all_text_contents())
+    assert experts == sorted(map(str, token["routed_experts"][0]))
+    expect(page.locator("#told")).to_contain_text(f"expert {top_experts([token], 0)[0]}")
+    page.keyboard.press("Escape")
+    expect(page.locator("#card")).to_be_hidden()
+
+
+def test_a_screen_reader_is_told_whole_sentences(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, settings()).page
+    generate(page)
+    wait_until_done(page)
+    told = page.locator("#spoken p").all_text_contents()
+    assert "".join(told) == written(page)
+    assert all(re.search(r"[.!?][\"')]*\s$|\n\n$", sentence) for sentence in told[:-1])
+
+
+def test_the_page_complains_of_nothing_and_asks_nobody_else(server: Server, open_page: OpenPage) -> None:
+    visit = open_page(server, settings())
+    page = visit.page
+    generate(page)
+    wait_until_done(page)
+    choose_layer(page, 1)
+    page.get_by_label("Numbers").check()
+    letters(page).nth(10).hover()
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.locator("#command")).to_be_visible()
+    assert visit.complaints == []
+    assert all(address.startswith(f"{server.url}/") for address in visit.asked)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_page_does_not_scroll_sideways(
+    server: Server, open_page: OpenPage, scheme: Literal["light", "dark"]
+) -> None:
+    page = open_page(server, settings(), width=360).page
+    page.emulate_media(color_scheme=scheme)
+    generate(page)
+    wait_until_done(page)
+    page.get_by_label("Numbers").check()
+    page.locator("#settings summary").click()
+    page.get_by_role("button", name="Copy as curl").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    letters(page).nth(5).hover()
+    card = page.locator("#card").bounding_box()
+    assert card
+    assert card["x"] >= 0
+    assert card["x"] + card["width"] <= 360
+
+
+def test_a_server_that_comes_late_fills_up_and_goes_away_is_told_in_words(
+    narrow_server: Server, open_page: OpenPage
+) -> None:
+    page = open_page(narrow_server.wait_until_it_listens(), settings(max_new_tokens=4096)).page
+    expect_state(page, "Ready.")
+    generate(page)
+    wait_for_letters(page, 5)
+
+    waiting = open_page(narrow_server, settings()).page
+    generate(waiting)
+    narrow_server.wait_for(requests_queued=1)
+    refused = open_page(narrow_server, settings()).page
+    generate(refused)
+    expect_state(refused, re.compile(r"wait.*; try again in \d+ s\.$"))
+
+    narrow_server.process.kill()
+    expect_state(page, re.compile(r"^The connection was lost after \d+ tokens\. What arrived is kept\.$"))
+    assert letters(page).count() >= 5
+    generate(refused)
+    expect_state(refused, "The service cannot be reached. Is it running?")
