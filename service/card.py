@@ -19,12 +19,15 @@ class ModelCard:
     config: ModelConfig
     tokenizer: Tokenizer
     validation_loss: float | None
+    corpus: str | None
 
     @classmethod
     def read(cls, folder: Path) -> ModelCard:
         """Checks every file that serving reads. Raises CheckpointError, which names the file."""
         manifest = verify(folder)
-        return cls(manifest, read_config(folder), Tokenizer.load(folder), read_record(folder).get("validation_loss"))
+        record = read_record(folder)
+        corpus = record.get("corpus", {}).get("name")
+        return cls(manifest, read_config(folder), Tokenizer.load(folder), record.get("validation_loss"), corpus)
 
     @property
     def fingerprint(self) -> str:
@@ -42,5 +45,6 @@ class ModelCard:
             experts_per_token=config.experts_per_token,
             hidden_size=config.hidden_size,
             context_length=config.context_length,
+            corpus=self.corpus,
             validation_loss=self.validation_loss,
         )

@@ -181,6 +181,7 @@ class ModelInfo(BaseModel):
     experts_per_token: int
     hidden_size: int
     context_length: int
+    corpus: str | None
     validation_loss: float | None
 
 

@@ -146,9 +146,10 @@ function layerChoice(layer) {
   return make("label", { className: "choice" }, input, make("span", {}, layer));
 }
 
-function describe({ name, parameters, active_parameters, num_layers, num_experts, experts_per_token }) {
+function describe({ name, corpus, parameters, active_parameters, num_layers, num_experts, experts_per_token }) {
   const millions = (count) => `${(count / 1e6).toFixed(1)} million`;
-  const schooling = /shakespeare/i.test(name) ? "Trained on Shakespeare’s plays, it" : "It";
+  const subject = /shakespeare/.test(corpus ?? "") ? "Shakespeare’s plays" : corpus;
+  const schooling = subject ? `Trained on ${subject}, it` : "It";
   byId("about").textContent =
     `The model “${name}” has ${millions(parameters)} parameters, ${millions(active_parameters)} of them at work ` +
     `on any one token. ${schooling} continues a text; it is not a chatbot and knows no facts.`;

@@ -137,8 +137,8 @@ def test_counted_parameters_are_the_models() -> None:
     assert model.config.num_active_parameters == model.config.num_parameters - idle
 
 
-# For every line that it reads, forks a process that saves step after step, as a training run does; it says which process
-# that is, and when the second save begins. Forking spares each of them the import of torch.
+# For every line that it reads, forks a process that saves step after step, as a training run does; it says which one
+# when its second save begins. Forking spares each of them the import of torch.
 SAVER = """
 import itertools, os, sys, torch
 from pathlib import Path

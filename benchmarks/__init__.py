@@ -1,0 +1,1 @@
+"""Speed, as ratios within one run. Nothing here decides right or wrong."""

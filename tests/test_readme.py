@@ -1,0 +1,77 @@
+"""What the README tells a newcomer to type works as it stands, but for the port, which is a free one here."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.evidence import Evidence
+from tests.service.serving import Server
+from training.corpora import Corpus
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("readme") / "log").wait_until_ready()
+    yield server
+    server.stop()
+
+
+def streamed(curl_output: str) -> str:
+    events = [json.loads(line.removeprefix("data:")) for line in curl_output.splitlines() if line.startswith("data:")]
+    return "".join(event["text"] for event in events if "index" in event)
+
+
+def share_of_known_words(text: str, corpus: Corpus) -> float:
+    """Of the words of four or more letters, those that occur in the corpus; the last may be cut off and is left out."""
+    known = set(re.findall(r"[a-z]+", (corpus.train + corpus.validation).lower()))
+    words = [word for word in re.findall(r"[a-z]+", text.lower())[:-1] if len(word) >= 4]
+    assert len(words) >= 20
+    return sum(word in known for word in words) / len(words)
+
+
+def test_the_curl_line_streams_text_in_the_corpuss_words(server: Server, corpus: Corpus, evidence: Evidence) -> None:
+    line = block("sh").replace(":8000", f":{server.port}")
+    run = subprocess.run(shlex.split(line), capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    text = streamed(run.stdout)
+    share = share_of_known_words(text, corpus)
+    evidence("characters streamed by the README's curl line", len(text))
+    evidence("share of its longer words that occur in the corpus", share)
+    assert len(text) >= 200
+    assert share >= 0.85
+
+
+def test_the_python_lines_print_the_same_text(server: Server) -> None:
+    program = block("python").replace(":8000", f":{server.port}")
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert printed.returncode == 0, printed.stderr
+    line = block("sh").replace(":8000", f":{server.port}")
+    assert printed.stdout == streamed(subprocess.run(shlex.split(line), capture_output=True, text=True).stdout)
+
+
+def test_the_readme_gives_the_loss_on_record() -> None:
+    record = json.loads((ROOT / "checkpoints" / "shakespeare" / "training.json").read_text())
+    assert f"**{record['validation_loss']:.4f}**" in README
+
+
+def test_every_link_and_path_of_the_readme_exists() -> None:
+    paths = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"`([a-z]+/[a-z/]*)`", README)
+    assert len(paths) > 8
+    assert not [path for path in paths if not (ROOT / path).exists()]

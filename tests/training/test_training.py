@@ -1,0 +1,207 @@
+"""Training learns, stops cleanly, goes on exactly where it was, and refuses what cannot be."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.router import Routing
+from tests.checkpoints import tiny_model
+from tests.evidence import At, Evidence
+from training import config as configs
+from training import runs
+from training.balance import switch_loss, z_loss
+from training.config import BadConfig
+from training.evaluate import evaluate
+from training.initialise import initialise
+from training.optimizer import polar_factor, schedule
+
+ROOT = Path(__file__).parents[2]
+VERSE = "The quick brown fox jumps over the lazy dog, and he sleeps on.\n" * 200
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "verse.txt").write_text(VERSE)
+    return tmp_path / "verse.txt"
+
+
+def training(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "training", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def train(text: Path, run: str, *more: object) -> str:
+    process = training("train", "--preset", "tiny", "--data", text, "--run", run, *more, cwd=text.parent)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return runs.read_state(folder)
+
+
+def test_a_run_learns_and_its_checkpoint_is_served_by_the_line_it_prints(text: Path) -> None:
+    output = train(text, "learn", "--steps", 30)
+    folder = text.parent / "runs" / "learn" / "step-30"
+    assert output.splitlines()[-1] == "serve it:  make serve CHECKPOINT=runs/learn/step-30"
+    loaded = checkpoint.load(folder)
+    assert loaded.training["validation_loss"] < 2.6  # a uniform guess among its 30 characters costs 3.4
+    ids = torch.tensor(loaded.tokenizer.encode(VERSE[int(0.9 * len(VERSE)) :]))
+    assert evaluate(loaded.model, ids).loss == pytest.approx(loaded.training["validation_loss"], abs=1e-4)
+    assert [point["step"] for point in loaded.training["loss_curve"]] == [10, 20, 30]
+    assert sorted(path.name for path in folder.parent.glob("step-*")) == ["step-20", "step-30"]
+    for layer in loaded.training["routing_baseline"]:
+        assert sum(layer) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(text: Path, at: At, evidence: Evidence) -> None:
+    train(text, "whole")
+    expected = weights(text.parent / "runs" / "whole" / "step-20")
+    folder = text.parent / "runs" / "broken"
+    for number in range(at(1, 5)):
+        process = training(
+            *("train", "--preset", "tiny", "--data", text, "--run", "broken"),
+            *(["--resume"] if number else []),
+            cwd=text.parent,
+        )
+        wanted = folder / f"step-{10 if number == 0 else 20}"
+        while not wanted.exists() and process.poll() is None:
+            time.sleep(0.01)  # polling another process's folder
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for later in folder.glob("step-20"):
+            later.rename(text.parent / f"set-aside-{number}")  # so that the next one resumes from step 10 again
+    train(text, "broken", "--resume")
+    resumed = weights(folder / "step-20")
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    evidence("tensors of weights and optimizer that differ after a kill and a resume", f"0 of {len(expected)}")
+
+
+def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(text: Path) -> None:
+    process = training(
+        *("train", "--preset", "tiny", "--data", text, "--run", "stop"),
+        *("--steps", 100_000, "--evaluate-every", 100_000),
+        cwd=text.parent,
+    )
+    metrics = text.parent / "runs" / "stop" / "metrics.jsonl"
+    while not metrics.exists():
+        time.sleep(0.01)  # until the first step is done
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "--resume" in output
+    assert "Traceback" not in output
+    checkpoint.verify(runs.newest(text.parent / "runs" / "stop"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--preset", "nonsense"], "choose one of"),
+        (["train", "--preset", "tiny", "--steps", "0"], "steps is 0"),
+        (["train", "--preset", "tiny", "--hidden-size", "30"], "hidden_size is 30"),
+        (["train", "--preset", "tiny", "--data", "none.txt"], "none.txt cannot be read"),
+        (["train", "--preset", "tiny", "--data", "verse.txt", "--resume"], "no whole checkpoint"),
+        (["sample", "--checkpoint", "none"], "none is no folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(text: Path, arguments: list[str], message: str) -> None:
+    process = training(*arguments, cwd=text.parent)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert message in output
+    assert len(output.splitlines()) == 1
+
+
+def test_export_keeps_what_serving_reads(text: Path) -> None:
+    train(text, "export")
+    process = training("export", "runs/export/step-20", "shipped", cwd=text.parent)
+    process.communicate(timeout=60)
+    shipped = text.parent / "shipped"
+    assert not (shipped / runs.RESUME).exists()
+    assert (shipped / "README.md").exists()
+    checkpoint.load(shipped)
+
+
+def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(text: Path) -> None:
+    train(text, "sample")
+    arguments = ("sample", "--checkpoint", "runs/sample/step-20", "The", "--length", 60, "--seed", 3)
+    first, second = (training(*arguments, cwd=text.parent).communicate(timeout=60)[0] for _ in range(2))
+    assert first == second
+    assert first.startswith("The")
+    assert len(first) == len("The") + 60 + 1
+
+
+def routing(logits: torch.Tensor, experts_per_token: int) -> Routing:
+    chosen = logits.topk(experts_per_token, dim=-1)
+    return Routing(logits, chosen.indices, chosen.values.softmax(-1))
+
+
+def test_the_switch_loss_is_one_at_balance_and_num_experts_at_collapse() -> None:
+    balanced = torch.eye(4).repeat(5, 1) * 50  # every token is sure, and every expert has as many
+    assert switch_loss(routing(balanced, 1)).item() == pytest.approx(1)
+    collapsed = torch.tensor([[50.0, 0, 0, 0]]).repeat(20, 1)
+    assert switch_loss(routing(collapsed, 1)).item() == pytest.approx(4)
+
+
+def test_the_z_loss_is_the_squared_log_partition_function() -> None:
+    logits = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    expected = (torch.log(torch.tensor(2.0)) ** 2 + (1 + torch.log(torch.tensor(2.0))) ** 2) / 2
+    torch.testing.assert_close(z_loss(routing(logits, 1)), expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 96, 64), (2, 64, 96)])
+def test_the_polar_factor_is_near_orthogonal(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    factor = polar_factor(matrices)
+    values = torch.linalg.svdvals(factor)
+    # Four steps bring all but the smallest singular values near one, and never turn a direction round.
+    assert 0.6 < values.median() < 1.3
+    assert values.max() < 1.6
+    assert (torch.einsum("nio,nij,njo->no", u, factor, v.mT) > 0).all()
+
+
+def test_the_schedule_rises_stays_and_falls_to_zero() -> None:
+    factors = [schedule(step, 100, warmup_steps=10, warmdown_share=0.6) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[10:40] == [1.0] * 30
+    assert factors[100] == 0
+    assert factors == sorted(factors[:40]) + sorted(factors[40:], reverse=True)
+
+
+def test_initial_weights_depend_on_the_seed_alone_and_have_the_variance_they_claim() -> None:
+    first, second = tiny_model(), tiny_model()
+    initialise(first, 5)
+    initialise(second, 5)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name)), name
+    big = tiny_model(hidden_size=256, expert_size=256)
+    initialise(big, 5)
+    layer = big.layers[0]
+    assert layer.moe.experts.gate_up.var().item() == pytest.approx(1 / 256, rel=0.05)
+    assert layer.attention.query.weight.var().item() == pytest.approx(1 / 256, rel=0.1)
+    assert not layer.moe.experts.down.any()
+
+
+def test_flags_reach_the_model_and_the_run() -> None:
+    config = configs.from_preset("tiny", {"steps": 7, "num_experts": 16})
+    assert (config.steps, config.model_config(10).num_experts) == (7, 16)
+    assert configs.from_dict(config.as_dict()) == config
+    with pytest.raises(BadConfig, match="num_layers"):
+        configs.from_preset("tiny", {"num_layers": 0})
