@@ -1,5 +1,5 @@
 # The service alone, on the CPU; `--build-arg TORCH=cuda` takes PyPI's PyTorch with CUDA instead (a 7 GB image).
-FROM python:3.11.14-slim-trixie AS packages
+FROM python:3.11-slim-bookworm AS packages
 ARG TORCH=cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
@@ -13,7 +13,7 @@ RUN case "$TORCH" in \
     && /opt/venv/bin/python -m pip install --constraint constraints.txt pip \
     && /opt/venv/bin/python -m pip install --constraint constraints.txt --group run
 
-FROM python:3.11.14-slim-trixie
+FROM python:3.11-slim-bookworm
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin moescope
 WORKDIR /app
 COPY --from=packages /opt/venv /opt/venv

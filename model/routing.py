@@ -25,8 +25,8 @@ def expert_counts(routings: Sequence[Routing], num_experts: int) -> Tensor:
 
 
 def fixed_point(weights: Tensor) -> Tensor:
-    """Gate weights as integers in units of 2^-24."""
-    return (weights.double() * WEIGHT_SCALE).round().long()
+    """Gate weights as integers in units of 2^-24. A weight that is not finite counts as nothing: it has no integer."""
+    return (weights.double().nan_to_num(0.0) * WEIGHT_SCALE).round().long()
 
 
 def max_load_ratio(counts: Tensor) -> Tensor:

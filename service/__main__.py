@@ -6,6 +6,7 @@ Every refusal is one line on standard error and a nonzero exit code.
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import socket
 import sys
@@ -26,6 +27,8 @@ class PortRefused(Exception):
 
 
 def main(arguments: Sequence[str]) -> int:
+    # Threads of torch that spin while they wait take the core from the event loop, and from whoever else is there.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the server takes over, Ctrl-C ends this without a traceback
     try:
         settings = read_settings(arguments)

@@ -40,8 +40,10 @@ class ExpertCounters:
         self._tokens[:, PHASES.index(phase)].index_put_((*where, ids), torch.ones_like(ids), accumulate=True)
         self._weight.index_put_((*where, ids), fixed_point(weights), accumulate=True)
 
-    def take(self, slot: int) -> Tensor:
-        """Move a slot's counts to the totals; the slot's routed tokens over both phases, (L, E)."""
+    def take(self, slot: int | None) -> Tensor:
+        """Move a slot's counts to the totals; its routed tokens over both phases, (L, E). No slot has none."""
+        if slot is None:
+            return torch.zeros_like(self._past_weight)
         tokens = self._tokens[slot].clone()
         self._past_tokens += tokens
         self._past_weight += self._weight[slot]

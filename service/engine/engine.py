@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from model.routing import WEIGHT_SCALE
 from service.engine.batch import build_batch
@@ -162,11 +161,7 @@ class Engine:
         assert not sequence.is_finished
         sequence.finish_reason = reason
         now = self._clock()
-        counts = (
-            torch.zeros_like(self._counters.totals()[1])
-            if sequence.slot is None
-            else self._counters.take(sequence.slot)
-        )
+        counts = self._counters.take(sequence.slot)
         if reason is FinishReason.NON_FINITE and sequence.slot is not None:
             self._runner.clear(sequence.slot)
         self._scheduler.release(sequence)

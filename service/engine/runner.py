@@ -76,19 +76,21 @@ class TorchRunner:
         view = self._cache.prefill(batch.slot, batch.start, num_tokens, num_rows)
         hidden, routings = self._model.hidden(batch.ids[None], positions[None], view.layer)
         real = [_rows(routing, slice(0, num_tokens)) for routing in routings]
-        slots = torch.full((num_tokens,), batch.slot, device=self.device)
-        self._counters.add(Phase.PREFILL, slots, real)
-        if not batch.draws:
-            return None
-        last = slice(num_tokens - 1, num_tokens)
-        after_last = positions[last] + 1
-        return self._draw(hidden[0, last], batch.options, after_last, [_rows(routing, last) for routing in real], 1)
+        drawn = None
+        if batch.draws:
+            last = slice(num_tokens - 1, num_tokens)
+            routed = [_rows(routing, last) for routing in real]
+            drawn = self._draw(hidden[0, last], batch.options, positions[last] + 1, routed, 1)
+        # Counted last, because a step that raises has fed nothing.
+        self._counters.add(Phase.PREFILL, torch.full((num_tokens,), batch.slot, device=self.device), real)
+        return drawn
 
     def _decode(self, batch: DecodeBatch) -> Drawn:
         view = self._cache.decode(batch.slots, batch.positions)
         hidden, routings = self._model.hidden(batch.ids[:, None], batch.positions[:, None], view.layer)
+        drawn = self._draw(hidden[:, 0], batch.options, batch.positions + 1, routings, batch.num_tokens)
         self._counters.add(Phase.DECODE, batch.slots, routings)
-        return self._draw(hidden[:, 0], batch.options, batch.positions + 1, routings, batch.num_tokens)
+        return drawn
 
     def _draw(
         self, hidden: Tensor, options: SamplingBatch, positions: Tensor, routings: Sequence[Routing], num_rows: int

@@ -208,6 +208,10 @@ def test_a_row_that_is_not_finite_ends_alone_and_its_slots_next_tenant_is_unharm
     events = run(engine, survivor, victim, tenant)
     assert ended(events[victim]).reason is FinishReason.NON_FINITE
     assert survivor.token_ids == tenant.token_ids == baseline.token_ids
+    figures = engine.figures()
+    fed = figures.routed_tokens[:, 0].sum()
+    assert (figures.expert_counts.sum(-1) == model.config.experts_per_token * figures.routed_tokens).all()
+    assert all(0 < weight <= fed for weight in figures.gate_weight.sum(-1)), "a broken row's weight was summed"
 
 
 def test_after_a_failed_step_the_running_end_and_the_queue_goes_on(model: Transformer) -> None:
