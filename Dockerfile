@@ -17,7 +17,7 @@ FROM python:3.11-slim-bookworm
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin moescope
 WORKDIR /app
 COPY --from=packages /opt/venv /opt/venv
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml ./
 COPY service service
 COPY model model
 COPY checkpoints checkpoints

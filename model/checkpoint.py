@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 RECORD = "training.json"
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 
 
 class CheckpointError(Exception):
@@ -84,13 +87,17 @@ def save(folder: Path, files: Mapping[str, bytes], unlisted: Mapping[str, bytes]
 def verify(folder: Path) -> Manifest:
     """Check every listed file against its SHA-256. Raises CheckpointError."""
     folder = Path(folder)
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except (OSError, ValueError):  # a name that no file system takes
+        is_folder = False
+    if not is_folder:
         raise CheckpointError(f"{folder} is no folder; --checkpoint names a folder with a {MANIFEST}")
     content = _read(folder / MANIFEST)
     try:
         listing = json.loads(content)
         version, files = listing["format"], dict(listing["files"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{folder / MANIFEST} is damaged: it is not a list of files") from None
     if version != FORMAT:
         raise CheckpointError(f"{folder / MANIFEST} has format {version!r}; this version reads format {FORMAT}")
@@ -98,7 +105,9 @@ def verify(folder: Path) -> Manifest:
         if name not in files:
             raise CheckpointError(f"{folder / MANIFEST} does not list {name}")
     for name, digest in files.items():
-        if Path(name).name != name or _sha256(folder / name) != digest:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise CheckpointError(f"{folder / MANIFEST} lists a file with an odd name: {name!r}")
+        if _sha256(folder / name) != digest:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
     return Manifest(folder.resolve(), hashlib.sha256(content).hexdigest(), files)
 
@@ -106,14 +115,10 @@ def verify(folder: Path) -> Manifest:
 def load(folder: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Verify and load a folder onto a device, in float32. Raises CheckpointError."""
     from model import weights
-    from model.tokenizer import Tokenizer
 
     manifest = verify(folder)
     config = read_config(manifest.folder)
-    try:
-        tokenizer = Tokenizer.load(manifest.folder)
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{manifest.folder / 'tokenizer.json'} cannot be read: {error}") from None
+    tokenizer = read_tokenizer(manifest.folder)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"{manifest.folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, "
@@ -134,15 +139,33 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{folder / CONFIG} cannot be served: {error}") from None
 
 
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Raises CheckpointError."""
+    from model.tokenizer import Tokenizer
+
+    try:
+        return Tokenizer.load(folder)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+
+
 def read_record(folder: Path) -> dict[str, Any]:
-    """The training record: ``training.json``."""
-    return _read_object(folder / RECORD)
+    """The training record. Raises CheckpointError when it lacks what serving needs: the corpus and a known answer."""
+    record = _read_object(folder / RECORD)
+    try:
+        name, known = record["corpus"]["name"], record["known_answer"]
+        sound = isinstance(name, str) and isinstance(known["prompt"], str) and bool(known["prompt"] and known["ids"])
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{folder / RECORD} lacks the corpus or the known answer")
+    return record
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is damaged: it is not JSON") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: it is not a JSON object")
@@ -171,13 +194,21 @@ def _fsync_folder(folder: Path) -> None:
 
 def _read(path: Path) -> bytes:
     try:
+        _require_file(path)
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def _require_file(path: Path) -> None:
+    """Opening anything else, a pipe say, may wait for ever."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file")
+
+
 def _sha256(path: Path) -> str:
     try:
+        _require_file(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

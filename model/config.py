@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 MAX_POSITIONS = 65_536
+MAX_SIZE = 2**24
+MAX_PARAMETERS = 2**36
 
 
 class UnsupportedConfig(ValueError):
@@ -34,10 +36,14 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = float if field.name in ("rope_theta", "rms_norm_eps") else int
+            _require(type(value) is kind, f"{field.name} is {value!r}; it must be a number of kind {kind.__name__}")
+            # Written so that NaN is out of range as well.
+            _require(0 < value <= MAX_SIZE, f"{field.name} is {value}; it must be above 0 and at most {MAX_SIZE:,}")
         for name in ("hidden_size", "expert_size", "head_dim"):
             _require(getattr(self, name) % 16 == 0, f"{name} is {getattr(self, name)}; it must be a multiple of 16")
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_kv_heads", "expert_size", "context_length"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         _require(self.head_dim >= 32, f"head_dim is {self.head_dim}; it must be at least 32")
         _require(
             self.num_heads % self.num_kv_heads == 0,
@@ -47,6 +53,8 @@ class ModelConfig:
             1 <= self.experts_per_token <= self.num_experts,
             f"experts_per_token is {self.experts_per_token}; it must be between 1 and num_experts, {self.num_experts}",
         )
+        count = self.num_parameters
+        _require(count <= MAX_PARAMETERS, f"the sizes make {count:,} parameters; at most {MAX_PARAMETERS:,} are served")
 
     @property
     def num_parameters(self) -> int:
@@ -90,11 +98,11 @@ class ModelConfig:
         for key, wanted in _FIXED.items():
             if raw.get(key) != wanted:
                 raise UnsupportedConfig(f"{key} is {raw.get(key)!r}; only {wanted!r} is implemented")
-        try:
-            values = {ours: kind(raw[theirs]) for theirs, (ours, kind) in _TRANSLATED.items()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise UnsupportedConfig(f"the value of {error} is missing or no number") from None
-        return cls(**values)
+        for key in _FOREIGN & raw.keys():
+            raise UnsupportedConfig(f"{key} is not implemented")
+        missing = [key for key in _TRANSLATED if key not in raw]
+        _require(not missing, f"{missing[:1]} is missing")
+        return cls(**{ours: raw[theirs] for theirs, ours in _TRANSLATED.items()})
 
 
 # Qwen3-MoE with these values is the one function the model computes; anything else is refused, not misread.
@@ -113,19 +121,22 @@ _FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-_TRANSLATED: dict[str, tuple[str, type]] = {
-    "vocab_size": ("vocab_size", int),
-    "hidden_size": ("hidden_size", int),
-    "num_hidden_layers": ("num_layers", int),
-    "num_attention_heads": ("num_heads", int),
-    "num_key_value_heads": ("num_kv_heads", int),
-    "head_dim": ("head_dim", int),
-    "num_experts": ("num_experts", int),
-    "num_experts_per_tok": ("experts_per_token", int),
-    "moe_intermediate_size": ("expert_size", int),
-    "sliding_window": ("context_length", int),
-    "rope_theta": ("rope_theta", float),
-    "rms_norm_eps": ("rms_norm_eps", float),
+# Other ways to say how positions, layers or numbers are to be read; our files never hold them.
+_FOREIGN = {"rope_parameters", "layer_types", "quantization_config"}
+
+_TRANSLATED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "moe_intermediate_size": "expert_size",
+    "sliding_window": "context_length",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "rms_norm_eps",
 }
 
 

@@ -26,7 +26,7 @@ def expert_counts(routings: Sequence[Routing], num_experts: int) -> Tensor:
 
 def fixed_point(weights: Tensor) -> Tensor:
     """Gate weights as integers in units of 2^-24. A weight that is not finite counts as nothing: it has no integer."""
-    return (weights.double().nan_to_num(0.0) * WEIGHT_SCALE).round().long()
+    return (weights.double().nan_to_num(0.0, posinf=0.0, neginf=0.0) * WEIGHT_SCALE).round().long()
 
 
 def max_load_ratio(counts: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def max_load_ratio(counts: Tensor) -> Tensor:
 
 
 def load_entropy_ratio(counts: Tensor) -> Tensor:
-    """Entropy of the load over that of a uniform one, 1 at balance, 0 when one does it all: (..., E) -> (...)."""
+    """Entropy of the load over that of a uniform one; 1 at balance, 0 when one of several does it all."""
     share = counts.double() / counts.sum(-1, keepdim=True)
     entropy: Tensor = torch.special.entr(share).sum(-1)
     return entropy / math.log(max(2, counts.shape[-1]))

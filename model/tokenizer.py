@@ -40,6 +40,8 @@ class Tokenizer:
         self._inner = inner
         ids = inner.get_vocab()
         self.tokens = sorted(ids, key=lambda token: ids[token])
+        if sorted(ids.values()) != list(range(len(ids))):
+            raise ValueError("the ids of its tokens are not 0, 1, 2, ...")
         self._characters = frozenset("".join(self.tokens))
         self._id_of = {token: ids[token] for token in self.tokens}
 

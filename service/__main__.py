@@ -11,11 +11,10 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from model.checkpoint import CheckpointError
-from service.logs import configure_logging
-from service.settings import Settings, SettingsRefused, read_settings
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 EXIT_REFUSED: Final = 1
 EXIT_USAGE: Final = 2
@@ -27,9 +26,13 @@ class PortRefused(Exception):
 
 
 def main(arguments: Sequence[str]) -> int:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # until the server takes over; while importing, to begin with
+    from model.checkpoint import CheckpointError
+    from service.logs import configure_logging
+    from service.settings import SettingsRefused, read_settings
+
     # Threads of torch that spin while they wait take the core from the event loop, and from whoever else is there.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the server takes over, Ctrl-C ends this without a traceback
     try:
         settings = read_settings(arguments)
     except SettingsRefused as refusal:
@@ -53,7 +56,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(2048)  # two processes can bind one port; only one can listen
         return listener
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         raise PortRefused(f"--host {host} is no address of this machine") from None
     except OSError as error:
         raise PortRefused(_advice(host, port, error)) from None

@@ -52,6 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=version,
         docs_url=None,  # both pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # a redirect's address would be made of the client's Host header
         lifespan=_lifespan(engine, exchange),
         exception_handlers={ApiError: answer_api_error, HTTPException: answer_http_exception},
     )

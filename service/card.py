@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.checkpoint import Manifest, read_config, read_record, verify
+from model.checkpoint import Manifest, read_config, read_record, read_tokenizer, verify
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from service.schemas import ModelInfo
@@ -26,8 +26,8 @@ class ModelCard:
         """Checks every file that serving reads. Raises CheckpointError, which names the file."""
         manifest = verify(folder)
         record = read_record(folder)
-        corpus = record.get("corpus", {}).get("name")
-        return cls(manifest, read_config(folder), Tokenizer.load(folder), record.get("validation_loss"), corpus)
+        tokenizer, corpus = read_tokenizer(folder), record["corpus"]["name"]
+        return cls(manifest, read_config(folder), tokenizer, record.get("validation_loss"), corpus)
 
     @property
     def fingerprint(self) -> str:

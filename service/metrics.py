@@ -101,7 +101,10 @@ class Metrics:
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type, in the format that the scraper prefers."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # the library parses the header, and does not expect an odd one
+            encode, content_type = choose_encoder("")
         return encode(self.registry), content_type
 
 

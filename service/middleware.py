@@ -47,8 +47,10 @@ class RequestScope:
             await self._app(scope, receive, send)
             return
         call = _Call(scope, send)
+        # HEAD is GET to everything within; the server leaves the body out.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
-            await self._app(scope, receive, call.send)
+            await self._app(inner, receive, call.send)
         except Exception as error:
             await call.fail(error, receive)
         finally:

@@ -133,7 +133,10 @@ class Usage(BaseModel):
 
 
 class Timings(BaseModel):
-    """Seconds since the request was accepted; null where there was nothing to time."""
+    """Seconds since the request was accepted; null where there was nothing to time.
+
+    tokens_per_s is the tokens after the first over the time since the first.
+    """
 
     queue_s: float
     ttft_s: float | None

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import socket
+import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.engine.thread import EnginePhase, EngineThread
+from service.errors import ApiError
 from service.logs import log_event
+from service.middleware import COMMON_HEADERS
 
+EXIT_REFUSED: Final = 1
 EXIT_FAILED: Final = 70
 FLUSH_S: Final = 5.0
 STARTING: Final = frozenset({EnginePhase.LOADING, EnginePhase.WARMING})
+
+
+class Protocol(HttpToolsProtocol):
+    """Answers what is not HTTP, and reaches no application, in the shape of all other refusals."""
+
+    def send_400_response(self, msg: str) -> None:
+        request_id = secrets.token_hex(8)
+        response = ApiError("bad_request").response(request_id)
+        response.headers.update({**COMMON_HEADERS, "X-Request-Id": request_id, "Connection": "close"})
+        headers = [*self.server_state.default_headers, *response.raw_headers]
+        head = b"".join(b"%b: %b\r\n" % header for header in headers)
+        self.transport.write(STATUS_LINE[response.status_code] + head + b"\r\n" + bytes(response.body))
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -27,7 +47,16 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, listener: socket.socket) -> None:
-        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none"))
+        config = uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            log_config=None,
+            log_level="error",  # whoever does not speak HTTP, or wants to upgrade it, is worth no warning
+            access_log=False,
+            server_header=False,
+        )
+        super().__init__(config)
         self._engine: EngineThread = app.state.engine
         self._listener = listener
         self._is_draining = False
@@ -49,6 +78,12 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._engine_end = asyncio.create_task(asyncio.to_thread(self._engine.join))
+
+    async def main_loop(self) -> None:
+        try:
+            await super().main_loop()
+        finally:
+            self._engine.drain()  # whatever went wrong: the process ends only when the engine's thread has
 
     async def on_tick(self, counter: int) -> bool:
         if self._engine.phase is EnginePhase.READY and not self._is_announced:
@@ -72,6 +107,9 @@ def serve(app: FastAPI, listener: socket.socket) -> int:
     server = Server(app, listener)
     server.run(sockets=[listener])
     engine: EngineThread = app.state.engine
+    if engine.phase is EnginePhase.FAILED and engine.info is None:
+        print(f"moescope: {engine.failure}", file=sys.stderr)  # it never ran: a refusal like those before it
+        return EXIT_REFUSED
     log_event("ended")
     return EXIT_FAILED if engine.phase is EnginePhase.FAILED else 0
 
@@ -81,10 +119,11 @@ def announce(listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     url = f"http://{host}:{port}"
-    print(
+    text = (
         f"Moescope is ready: {url}/\n"
         f"  metrics  {url}/metrics\n"
         f"  try it   curl -N {url}/generate -H 'Content-Type: application/json' -d '{{\"prompt\": \"ROMEO:\"}}'\n"
-        "  stop it  Ctrl-C",
-        flush=True,
+        "  stop it  Ctrl-C\n"
     )
+    with suppress(OSError, AttributeError):  # nobody has to be there to read it, nor a standard output
+        os.write(sys.stdout.fileno(), text.encode())  # unbuffered: Python would try again at the end and exit with 120

@@ -155,12 +155,13 @@ class EventStream(StreamingResponse):
 
 
 def _timings(ended: Ended) -> dict[str, float | None]:
-    running_s = ended.total_s - ended.queue_s
+    writing_s = ended.total_s - (ended.ttft_s or 0.0)
+    later = ended.generated_tokens - 1  # the first took the prompt's time
     return {
         "queue_s": _rounded(ended.queue_s),
         "ttft_s": _rounded(ended.ttft_s),
         "total_s": _rounded(ended.total_s),
-        "tokens_per_s": _rounded(ended.generated_tokens / running_s if running_s > 0 else None),
+        "tokens_per_s": _rounded(later / writing_s if later > 0 and writing_s > 0 else None),
     }
 
 

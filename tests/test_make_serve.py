@@ -25,6 +25,17 @@ class Terminal:
             os.chdir(ROOT)
             os.execvp(command[0], command)
 
+    def wait_until_loaded(self, library: str, within_s: float) -> None:
+        """Until the program that the command has started has mapped a file of that name."""
+        deadline = time.monotonic() + within_s
+        while library not in self._mapped():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def _mapped(self) -> str:
+        children = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text().split()
+        return "".join(Path(f"/proc/{child}/maps").read_text() for child in children)
+
     def type(self, keys: bytes) -> None:
         os.write(self._screen, keys)
 
@@ -64,4 +75,16 @@ def test_make_serve_prints_an_address_that_answers_and_ctrl_c_ends_it_without_an
         assert answer.status == 200
     served.type(CTRL_C)
     served.read_to_the_end(within_s=60)
+    assert_no_error_line(served)
+
+
+@pytest.mark.parametrize("imported", ["pydantic_core", "libtorch_cpu"])
+def test_ctrl_c_while_it_still_imports_ends_it_without_an_error_line(served: Terminal, imported: str) -> None:
+    served.wait_until_loaded(imported, within_s=60)
+    served.type(CTRL_C)
+    served.read_to_the_end(within_s=60)
+    assert_no_error_line(served)
+
+
+def assert_no_error_line(served: Terminal) -> None:
     assert not re.search(r"make: |Traceback|Error|Interrupt", served.shown), served.shown

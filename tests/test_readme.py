@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from training.corpora import Corpus
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+
+
+needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="no curl on this machine")
 
 
 def block(language: str) -> str:
@@ -46,6 +50,7 @@ def share_of_known_words(text: str, corpus: Corpus) -> float:
     return sum(word in known for word in words) / len(words)
 
 
+@needs_curl
 def test_the_curl_line_streams_text_in_the_corpuss_words(server: Server, corpus: Corpus, evidence: Evidence) -> None:
     line = block("sh").replace(":8000", f":{server.port}")
     run = subprocess.run(shlex.split(line), capture_output=True, text=True, timeout=60)
@@ -58,6 +63,7 @@ def test_the_curl_line_streams_text_in_the_corpuss_words(server: Server, corpus:
     assert share >= 0.85
 
 
+@needs_curl
 def test_the_python_lines_print_the_same_text(server: Server) -> None:
     program = block("python").replace(":8000", f":{server.port}")
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

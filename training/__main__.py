@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--run", help="name of the folder below runs/ (default: the preset's name)")
     train.add_argument("--resume", action="store_true", help="go on from the run's newest whole checkpoint")
     train.add_argument("--data", type=Path, help="a text file to train on instead of the corpus")
-    train.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    train.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     configs.add_flags(train)
 
     evaluate = commands.add_parser(
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"))
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -83,6 +83,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
     config = configs.from_preset(arguments.preset, configs.flag_values(arguments))
     run = RUNS / (arguments.run or arguments.preset)
+    if run.parent != RUNS or run.name in ("", ".", ".."):
+        raise configs.BadConfig(f"--run is {arguments.run}; it is the plain name of a folder below {RUNS}/")
     corpus = _corpus(arguments.data, config.corpus)
     if not arguments.resume and any(run.glob("step-*")):
         raise configs.BadConfig(f"{run} has checkpoints already; add --resume to go on, or name another with --run")
@@ -122,8 +124,10 @@ def _sample(arguments: argparse.Namespace) -> None:
     from model import checkpoint
     from training.sample import stream
 
+    _require_sampling(arguments)
     loaded = checkpoint.load(arguments.checkpoint, _device(arguments.device))
-    prompt_ids = loaded.tokenizer.encode(arguments.prompt or "\n")
+    start = arguments.prompt or loaded.tokenizer.fold("\n") or loaded.tokenizer.tokens[0]
+    prompt_ids = loaded.tokenizer.encode(start)
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     print(arguments.prompt, end="", flush=True)
     for token_id in stream(
@@ -137,6 +141,21 @@ def _sample(arguments: argparse.Namespace) -> None:
     ):
         print(loaded.tokenizer.decode([token_id]), end="", flush=True)
     print()
+
+
+def _require_sampling(arguments: argparse.Namespace) -> None:
+    """The bounds of the service's options of the same names."""
+    bounds = {
+        "length": (1, 10**9),
+        "temperature": (0, 2),
+        "top_k": (0, 10**9),
+        "top_p": (1e-9, 1),
+        "seed": (0, 2**63 - 1),
+    }
+    for name, (low, high) in bounds.items():
+        value = getattr(arguments, name)
+        if value is not None and not low <= value <= high:
+            raise configs.BadConfig(f"--{name.replace('_', '-')} is {value}; it must be between {low} and {high}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -155,6 +174,8 @@ def _corpus(data: Path | None, name: str) -> Corpus:
 def _device(name: str) -> torch.device:
     import torch
 
+    if name == "cuda" and not torch.cuda.is_available():
+        raise configs.BadConfig("--device is cuda, but torch sees no GPU here; use auto or cpu")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
@@ -169,7 +190,13 @@ def _expected_errors() -> list[type[Exception]]:
     from training.corpora import CorpusUnavailable
     from training.runs import NothingToResume
 
-    return [configs.BadConfig, CheckpointError, CorpusUnavailable, NothingToResume, UnknownCharacters, FileExistsError]
+    ours = [configs.BadConfig, CheckpointError, CorpusUnavailable, NothingToResume, UnknownCharacters]
+    if "torch" in sys.modules:  # else nobody can have raised these
+        from training.evaluate import TooShort
+        from training.trainer import Diverged
+
+        ours += [TooShort, Diverged]
+    return [*ours, OSError]
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "evaluate_every"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("matrix_learning_rate", "weight_decay", "warmup_steps", "balance_weight", "z_weight"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in (f.name for f in fields(self) if isinstance(f.default, int | float)):
+            value = getattr(self, name)  # written so that NaN is out of range as well
+            _require(0 <= value < 2**63, f"{name} is {value}; it must be at least 0 and below 2^63")
         _require(0 <= self.warmdown_share <= 1, f"warmdown_share is {self.warmdown_share}; it must be between 0 and 1")
         self.model_config(vocab_size=1)
 

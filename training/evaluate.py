@@ -18,6 +18,10 @@ from model.transformer import Transformer
 WINDOWS_AT_ONCE = 24
 
 
+class TooShort(ValueError):
+    """A text does not fill one window. One sentence."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """loss in nats per token over num_windows windows of context_length inputs; counts (L, E) of routed tokens."""
@@ -49,11 +53,14 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(model: Transformer, ids: Tensor) -> Evaluation:
-    """Cut ids into exact windows of context_length inputs, each with the next token as target, and score all of it."""
+    """Cut ids into exact windows of context_length inputs, each with the next token as target, and score them.
+
+    Raises TooShort.
+    """
     length = model.config.context_length
     num_windows = (len(ids) - 1) // length
     if num_windows < 1:
-        raise ValueError(f"the validation text has {len(ids)} tokens; at least {length + 1} are needed")
+        raise TooShort(f"the validation text has {len(ids)} tokens; at least {length + 1} are needed")
     inputs = ids[: num_windows * length].view(num_windows, length)
     targets = ids[1 : num_windows * length + 1].view(num_windows, length)
     config = model.config

@@ -67,7 +67,7 @@ def sample(model: Transformer, tokenizer: Tokenizer, length: int = 200) -> str:
 def card(name: str, config: ModelConfig, facts: dict[str, Any], text: str) -> str:
     """A short model card in Markdown."""
     passed = "\n".join(
-        f"- below {milestone} nats per token at step {at['step']:,}, "
+        f"- below {milestone} nats per token by step {at['step']:,}, "
         f"after {at['tokens']:,} tokens and {at['seconds'] / 60:.1f} minutes"
         for milestone, at in facts["milestones"].items()
     )
@@ -85,17 +85,15 @@ corpus; it is no assistant, knows no facts and follows no instructions.
 
 ## Training
 
-{facts["steps"]:,} steps and {facts["tokens"]:,} tokens in {minutes:.0f} minutes, of the corpus
-`{facts["corpus"]["name"]}`.
-
-Validation loss: **{facts["validation_loss"]:.4f}** nats per token over {facts["validation_windows"]} exact windows of
-{config.context_length} inputs, with the weights as they are in this folder (rounded to bfloat16).
+- corpus `{facts["corpus"]["name"]}`; {facts["steps"]:,} steps, {facts["tokens"]:,} tokens, {minutes:.0f} minutes
+- validation loss **{facts["validation_loss"]:.4f}** nats per token over {facts["validation_windows"]} exact windows of
+  {config.context_length} inputs, with the weights as they are in this folder (rounded to bfloat16)
 
 {passed}
+- the busiest expert of the worst balanced layer takes {facts["max_load"]:.2f} times the mean load
 
-The busiest expert of the worst balanced layer takes {facts["max_load"]:.2f} times the mean load. `training.json` has
-the whole record: settings, loss curve, digests of the corpus, and each expert's share of the work on the validation
-text.
+`training.json` has the whole record: settings, loss curve, digests of the corpus, and each expert's share of the work
+on the validation text.
 
 ## A sample, temperature 0.8
 
@@ -106,4 +104,4 @@ text.
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +39,19 @@ def save_step(run: Path, step: int, serving: dict[str, bytes], card: str, state:
         shutil.rmtree(folder)
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     checkpoint.save(folder, {**serving, RESUME: to_bytes(tensors)}, unlisted={"README.md": card.encode()})
-    half_written = run.glob(".step-*")  # left by a kill; nobody else writes to this run
-    for old in [*sorted(_steps(run), key=step_of, reverse=True)[KEPT:], *half_written]:
+    kept = {folder, *_whole(run)[:KEPT]}
+    half_written = set(run.glob(".step-*"))  # left by a kill; nobody else writes to this run
+    for old in {*_steps(run), *half_written} - kept:
         shutil.rmtree(old)
     return folder
 
 
 def newest(run: Path) -> Path:
     """The newest folder of a run whose manifest verifies. Raises NothingToResume."""
-    for folder in sorted(_steps(run), key=step_of, reverse=True):
-        try:
-            checkpoint.verify(folder)
-        except checkpoint.CheckpointError:
-            continue
-        return folder
-    raise NothingToResume(f"{run} has no whole checkpoint; start the run without --resume")
+    whole = _whole(run)
+    if not whole:
+        raise NothingToResume(f"{run} has no whole checkpoint; start the run without --resume")
+    return whole[0]
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
@@ -74,13 +71,35 @@ def append_metrics(run: Path, **values: Any) -> None:
         file.write(json.dumps(values) + "\n")
 
 
+def forget_metrics_after(run: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run is going to take once more."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # The last line may have been cut off by a kill.
+    path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))
+
+
 def export(source: Path, target: Path) -> None:
     """Copy what serving reads, and the model card, into a new checkpoint folder. Raises CheckpointError."""
-    manifest = checkpoint.verify(source)
+    manifest = checkpoint.load(source).manifest  # whole is not enough: what cannot be loaded is not worth copying
     served = {name: (source / name).read_bytes() for name in manifest.files if name != RESUME}
     card = source / "README.md"
     checkpoint.save(target, served, unlisted={"README.md": card.read_bytes()} if card.exists() else {})
 
 
-def _steps(run: Path) -> Iterator[Path]:
-    return (folder for folder in run.glob("step-*") if _NAME.fullmatch(folder.name))
+def _steps(run: Path) -> list[Path]:
+    """All step folders, the newest first."""
+    folders = [folder for folder in run.glob("step-*") if _NAME.fullmatch(folder.name) and folder.is_dir()]
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def _whole(run: Path) -> list[Path]:
+    return [folder for folder in _steps(run) if _is_whole(folder)]
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        checkpoint.verify(folder)
+    except checkpoint.CheckpointError:
+        return False
+    return True

@@ -5,6 +5,7 @@ Letters: B batch, T context_length.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training import record, runs
 from training.balance import switch_loss, z_loss
-from training.config import TrainingConfig
+from training.config import BadConfig, TrainingConfig
 from training.corpora import Corpus
 from training.evaluate import Evaluation, evaluate
 from training.initialise import initialise
@@ -49,6 +50,7 @@ class Trainer:
     """One run: its model, its data and where it stands."""
 
     def __init__(self, config: TrainingConfig, corpus: Corpus, run: Path, device: torch.device) -> None:
+        _require_windows(corpus, config.model_config(vocab_size=1).context_length)
         self.config = config
         self.corpus = corpus
         self.run = run
@@ -62,15 +64,17 @@ class Trainer:
 
     @classmethod
     def resume(cls, config: TrainingConfig, corpus: Corpus, run: Path, device: torch.device) -> Trainer:
-        """Continue from the newest whole checkpoint of a run. Raises NothingToResume."""
+        """Continue from a run's newest whole checkpoint. Raises NothingToResume, or BadConfig for another run."""
         folder = runs.newest(run)
+        facts = checkpoint.read_record(folder)
+        _require_same(config, corpus, facts, run)
         trainer = cls(config, corpus, run, device)
         state = runs.read_state(folder)
         weights = {name.removeprefix("model."): state.pop(name) for name in list(state) if name.startswith("model.")}
         trainer.model.load_state_dict(weights)
         trainer.optimizer.restore(state)
-        facts = checkpoint.read_record(folder)
         trainer.history = History(facts["steps"], facts["seconds"], facts["loss_curve"], facts["milestones"])
+        runs.forget_metrics_after(run, trainer.history.step)
         return trainer
 
     @property
@@ -79,25 +83,25 @@ class Trainer:
 
     def train(self) -> Path:
         """Train to the end, or to the end of the step in which SIGINT or SIGTERM came; return the last checkpoint."""
-        folder = None
-        with (
-            _stop_requested() as stop,
-            Progress(self.config.steps, self.tokens_per_step, self.history.step) as progress,
-        ):
-            while self.history.step < self.config.steps and not stop:
-                started = time.monotonic()
-                loss = self.train_step(self.history.step)
-                self.history.step += 1
-                self.history.seconds += time.monotonic() - started
+        progress = Progress(self.config.steps, self.tokens_per_step, self.history.step)
+        with _stop_requested() as stop, progress:
+            while True:
+                loss = self._timed_step()
                 progress.step(self.history.step, loss)
-                runs.append_metrics(self.run, step=self.history.step, loss=round(loss, 5))
-                if (
-                    self.history.step % self.config.evaluate_every == 0
-                    or self.history.step == self.config.steps
-                    or stop
-                ):
+                is_last = self.history.step >= self.config.steps or bool(stop)
+                if is_last or self.history.step % self.config.evaluate_every == 0:
                     folder = self.evaluate_and_save(loss, progress)
-        return folder or runs.newest(self.run)
+                if is_last:
+                    return folder
+
+    def _timed_step(self) -> float:
+        started = time.monotonic()
+        loss = self.train_step(self.history.step)
+        self.history.step += 1
+        self.history.seconds += time.monotonic() - started
+        _require_finite(loss, self.history.step)
+        runs.append_metrics(self.run, step=self.history.step, loss=round(loss, 5))
+        return loss
 
     def train_step(self, step: int) -> float:
         """One update; returns the cross entropy of its batch in nats per token, before the update."""
@@ -117,16 +121,15 @@ class Trainer:
         length = self.model.config.context_length
         generator = np.random.Generator(np.random.Philox(key=[self.config.seed, step]))
         starts = generator.integers(0, len(self.train_ids) - length, size=self.config.batch_size)
-        rows = torch.from_numpy(starts).to(self.train_ids.device)[:, None] + torch.arange(
-            length + 1, device=self.train_ids.device
-        )
-        windows = self.train_ids[rows]
+        rows = torch.from_numpy(starts)[:, None] + torch.arange(length + 1)
+        windows = self.train_ids[rows.to(self.train_ids.device)]
         return windows[:, :-1], windows[:, 1:]
 
     def evaluate_and_save(self, train_loss: float, progress: Progress) -> Path:
         """Score the validation text, write a checkpoint folder, and show how far the model has come."""
         rounded = record.as_served(self.model)
         result = evaluate(rounded, self.validation_ids)
+        _require_finite(result.loss, self.history.step)
         self._remember(train_loss, result)
         sample = record.sample(rounded, self.tokenizer)
         progress.evaluation(self.history.step, result, sample)
@@ -166,6 +169,37 @@ class Trainer:
             "routing_baseline": result.shares,
             "max_load": round(result.max_load, 4),
         }
+
+
+class Diverged(Exception):
+    """The loss is not a number any more. One sentence; what was saved before is still there."""
+
+
+def _require_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss is {loss} after step {step}; lower the learning rates, and start the run anew")
+
+
+def _require_windows(corpus: Corpus, length: int) -> None:
+    shortest = min(len(corpus.train), len(corpus.validation))
+    if shortest <= length:
+        raise BadConfig(
+            f"{corpus.name} has a part of {shortest:,} characters; context_length {length} needs more in both"
+        )
+
+
+def _require_same(config: TrainingConfig, corpus: Corpus, facts: dict[str, Any], run: Path) -> None:
+    """A resumed run may go on for longer and be looked at more often; anything else would be another run."""
+    may_change = {"steps", "evaluate_every"}
+    changed = [name for name, value in config.as_dict().items() if facts["config"].get(name) != value]
+    if changed := [name for name in changed if name not in may_change]:
+        raise BadConfig(
+            f"{run} was begun with another {', '.join(changed)}; resume it with the same, or name another run"
+        )
+    if facts["corpus"]["sha256"] != corpus.digests:
+        raise BadConfig(f"{run} was begun with another text; resume it with the same, or name another run with --run")
+    if facts["steps"] >= config.steps:
+        raise BadConfig(f"{run} has its {facts['steps']} steps already; ask for more with --steps")
 
 
 def _learning_rates(config: TrainingConfig) -> LearningRates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -17,6 +18,8 @@ from service.engine.scheduler import Plan, PrefillPlan, Scheduler
 from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, Phase, Sequence
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -66,19 +69,24 @@ class Engine:
     def step(self) -> StepReport:
         """Run one step for whoever's turn it is."""
         started = self._clock()
-        expired = [sequence for sequence in self._scheduler.sequences if sequence.expires_at <= started]
-        timeouts = self.end(expired, FinishReason.TIMEOUT)
         self._scheduler.admit(started)
         plan = self._scheduler.schedule()
         if plan is None:
-            return StepReport(timeouts)
+            return StepReport(())
         drawn = self._runner.run(build_batch(plan, self._runner.spare_slot, self._runner.device), steps=1)
         events = self._advance(plan, drawn)
-        return StepReport(timeouts + events, plan.phase, self._clock() - started, len(plan.sequences))
+        return StepReport(events, plan.phase, self._clock() - started, len(plan.sequences))
+
+    def expire(self) -> tuple[Delivery, ...]:
+        """End those whose time is up."""
+        now = self._clock()
+        expired = [sequence for sequence in self._scheduler.sequences if sequence.expires_at <= now]
+        return self.end(expired, FinishReason.TIMEOUT)
 
     def end(self, sequences: Iterable[Sequence], reason: FinishReason) -> tuple[Delivery, ...]:
-        """End sequences from outside. One that has ended already is left alone."""
-        return tuple((sequence, (self._end(sequence, reason),)) for sequence in sequences if not sequence.is_finished)
+        """End sequences from outside. One that has ended already, or never was here, is left alone."""
+        held = (sequence for sequence in sequences if self._scheduler.holds(sequence))
+        return tuple((sequence, (self._end(sequence, reason),)) for sequence in held)
 
     def end_waiting(self, reason: FinishReason) -> tuple[Delivery, ...]:
         return self.end(self._scheduler.waiting, reason)
@@ -86,11 +94,10 @@ class Engine:
     def end_running(self, reason: FinishReason) -> tuple[Delivery, ...]:
         return self.end(self._scheduler.running, reason)
 
-    def fail_running(self) -> tuple[Delivery, ...]:
-        """After a step that raised: nobody knows what it left behind, so the cache begins anew; the queue goes on."""
-        events = self.end_running(FinishReason.INTERNAL)
+    def rebuild(self) -> None:
+        """After a step that raised: nobody knows what it left behind, so the cache begins anew. The queue goes on."""
+        assert not self._scheduler.num_running
         self._runner.rebuild()
-        return events
 
     def forget_counts(self) -> None:
         """Drop what warm-up counted."""
@@ -120,6 +127,10 @@ class Engine:
         self._fed[plan.phase] += fed
         if isinstance(plan, PrefillPlan):
             plan.sequence.num_prefilled += fed
+            plan.sequence.num_fed += fed
+        else:
+            for sequence in plan.sequences:
+                sequence.num_fed += 1
         return self._deliver(plan.sequences, drawn) if drawn else ()
 
     def _deliver(self, sequences: tuple[Sequence, ...], drawn: Drawn) -> tuple[Delivery, ...]:
@@ -161,20 +172,32 @@ class Engine:
         assert not sequence.is_finished
         sequence.finish_reason = reason
         now = self._clock()
-        counts = self._counters.take(sequence.slot)
-        if reason is FinishReason.NON_FINITE and sequence.slot is not None:
-            self._runner.clear(sequence.slot)
+        counts = self._settle(sequence)
         self._scheduler.release(sequence)
         return Ended(
             reason=reason,
             prompt_tokens=len(sequence.prompt_ids),
             generated_tokens=len(sequence.token_ids),
             routed_tokens=sequence.num_fed,
-            expert_counts=_frozen(counts.tolist()),
-            queue_s=(sequence.admitted_at or now) - sequence.created_at,
-            ttft_s=sequence.first_token_at - sequence.created_at if sequence.first_token_at else None,
+            expert_counts=_frozen(counts),
+            queue_s=(now if sequence.admitted_at is None else sequence.admitted_at) - sequence.created_at,
+            ttft_s=None if sequence.first_token_at is None else sequence.first_token_at - sequence.created_at,
             total_s=now - sequence.created_at,
         )
+
+    def _settle(self, sequence: Sequence) -> list[list[int]]:
+        """Take a sequence's counts (L, E), and leave nothing in its slot that could harm the next."""
+        try:
+            if sequence.slot is not None and (
+                sequence.finish_reason is FinishReason.NON_FINITE or not sequence.is_prefilled
+            ):
+                self._runner.clear(sequence.slot)  # an unfinished prompt has not been looked at yet
+            counts: list[list[int]] = self._counters.take(sequence.slot).tolist()
+        except RuntimeError:
+            # A device that has failed answers nothing more; whoever waits must hear of the end all the same.
+            log.exception("the counts of a sequence are lost")
+            return []
+        return counts
 
 
 def _frozen(rows: list[list[T]]) -> tuple[tuple[T, ...], ...]:

@@ -48,9 +48,7 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
     from model import checkpoint
     from model.kv_cache import KVCache
 
-    # The thread count and the grad mode belong to the thread that sets them.
-    torch.set_num_threads(options.threads)
-    torch.inference_mode().__enter__()
+    torch.set_num_threads(options.threads)  # of the thread that calls this
     device = _device(options.device)
     loaded = checkpoint.load(options.checkpoint, device)
     slots = _num_slots(options, loaded.config)

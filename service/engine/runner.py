@@ -60,6 +60,7 @@ class TorchRunner:
         self.device = model.device
         self.rebuild()
 
+    @torch.inference_mode()
     def run(self, batch: Batch, steps: int) -> Drawn | None:
         assert steps == 1
         return self._prefill(batch) if isinstance(batch, PrefillBatch) else self._decode(batch)

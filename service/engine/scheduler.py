@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from service.engine.sequence import Phase, Sequence
 
 # A prompt's last chunk is padded to a multiple of this, so that its shape depends on the prompt's length alone.
-ROW_MULTIPLE = 16
+PREFILL_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Scheduler:
 
     def __init__(self, num_slots: int, prefill_chunk: int) -> None:
         assert num_slots >= 1
-        assert prefill_chunk % ROW_MULTIPLE == 0
+        assert prefill_chunk % PREFILL_ROWS == 0
         self.num_slots = num_slots
         self._prefill_chunk = prefill_chunk
         self._waiting: deque[Sequence] = deque()
@@ -101,6 +101,9 @@ class Scheduler:
         self._last_phase = Phase.DECODE
         return DecodePlan(decoding) if decoding else None
 
+    def holds(self, sequence: Sequence) -> bool:
+        return sequence in self._running or sequence in self._waiting
+
     def release(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; its slot is free for the next."""
         if sequence.slot is None:
@@ -113,4 +116,4 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence) -> PrefillPlan:
         num_tokens = min(self._prefill_chunk, len(sequence.prompt_ids) - sequence.num_prefilled)
-        return PrefillPlan(sequence, sequence.num_prefilled, num_tokens, num_tokens + -num_tokens % ROW_MULTIPLE)
+        return PrefillPlan(sequence, sequence.num_prefilled, num_tokens, num_tokens + -num_tokens % PREFILL_ROWS)

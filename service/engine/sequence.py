@@ -69,7 +69,10 @@ Event = DrawnToken | Ended
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and what has become of it. Compared by identity: two equal requests are two sequences."""
+    """A prompt and what has become of it. Compared by identity: two equal requests are two sequences.
+
+    num_prefilled counts the prompt's ids that the model has read, num_fed all that it has read: drawn ones too.
+    """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
@@ -81,6 +84,7 @@ class Sequence:
     first_token_at: float | None = None
     slot: int | None = None
     num_prefilled: int = 0
+    num_fed: int = 0
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -95,11 +99,6 @@ class Sequence:
     @property
     def is_prefilled(self) -> bool:
         return self.num_prefilled == len(self.prompt_ids)
-
-    @property
-    def num_fed(self) -> int:
-        """Tokens the model has read: the prompt so far, and every drawn token but the last."""
-        return self.num_prefilled + max(0, len(self.token_ids) - 1)
 
     @property
     def expires_at(self) -> float:

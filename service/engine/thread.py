@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from service.engine.reports import Figures, StepReport
-from service.engine.sequence import FinishReason, Sequence
+from service.engine.sequence import Ended, FinishReason, Sequence
 
 if TYPE_CHECKING:
     from service.engine.engine import Engine
@@ -81,6 +81,7 @@ class EngineThread:
         self._phase = EnginePhase.LOADING
         self._phase_since = time.monotonic()
         self._draining_since: float | None = None
+        self._has_ended = False
         self._ended_lately: list[float] = []
         self.failure: str | None = None
         self.info: EngineInfo | None = None
@@ -107,7 +108,7 @@ class EngineThread:
                 raise NotServing(self._phase)
             waiting = len(self._arrived) + self._engine.num_waiting - self._engine.num_free_slots
             if waiting >= self._max_queued:
-                raise QueueFull(self._max_queued, self._retry_after_s(waiting))
+                raise QueueFull(self._max_queued, self._retry_after_s())
             self._arrived.append(sequence)
             self._mail.notify()
 
@@ -118,10 +119,17 @@ class EngineThread:
             self._mail.notify()
 
     def figures(self, reply: Callable[[Figures], None]) -> None:
-        """Ask for one consistent copy of all figures, taken between two steps; reply is called on this thread."""
+        """Ask for one consistent copy of all figures, taken between two steps; reply is called on this thread.
+
+        Once the engine has ended, the last copy is the answer, and the caller's own thread gives it.
+        """
         with self._mail:
-            self._asked.append(reply)
-            self._mail.notify()
+            if not self._has_ended:
+                self._asked.append(reply)
+                self._mail.notify()
+                return
+        if self.last_figures:
+            reply(self.last_figures)
 
     def drain(self) -> None:
         """Take nothing more; end who waits, let who runs finish within the grace time, then stop. Idempotent."""
@@ -140,62 +148,71 @@ class EngineThread:
             self._serve(engine)
         except Exception as error:
             self._fail(error)
+        finally:
+            with self._mail:
+                self._has_ended = True
+                asked, self._asked = self._asked, []
+            self._answer(asked)
 
     def _serve(self, engine: Engine) -> None:
         raised = 0
-        while True:
-            self._read_mail(engine)
-            if self._draining_since is not None and self._finish_draining(engine):
-                return
-            if not engine.has_work:
-                continue
+        while not self._read_mail(engine):
             try:
-                self._deliver(engine.step())
-                raised = 0
+                self._deliver(StepReport(engine.expire()))
+                report = engine.step()
+                self._deliver(report)
             except Exception:
                 raised += 1
                 log.exception("a step raised; its sequences end")
-                self._deliver(StepReport(engine.fail_running()))
+                self._deliver(StepReport(engine.end_running(FinishReason.INTERNAL)))
+                engine.rebuild()
                 if raised == RAISING_STEPS_BEFORE_FAILURE:
                     raise
+            else:
+                # Not any good step: where only decoding is broken, prompts are still read.
+                raised = 0 if _came_to_an_end(report) else raised
 
-    def _read_mail(self, engine: Engine) -> None:
-        """Sleep until there is something to do, then take in what has arrived."""
+    def _read_mail(self, engine: Engine) -> bool:
+        """Sleep until there is something to do and take in what has arrived. True when drained: all have ended."""
         with self._mail:
             while not (self._arrived or self._cancelled or self._asked or engine.has_work or self._draining_since):
                 self._mail.wait()
             for sequence in self._arrived:
                 engine.add(sequence)
-            cancelled, asked = self._cancelled, self._asked
+            cancelled, asked, draining_since = self._cancelled, self._asked, self._draining_since
             self._arrived, self._cancelled, self._asked = [], [], []
         self._deliver(StepReport(engine.end(cancelled, FinishReason.CANCELLED)))
-        self._answer(engine, asked)
-
-    def _answer(self, engine: Engine, asked: list[Callable[[Figures], None]]) -> None:
-        if asked:
+        if draining_since is not None:  # nothing can arrive any more, and all that had arrived is in the engine
+            self._end_for_shutdown(engine, draining_since)
+        if asked or (draining_since is not None and not engine.has_work):
             self.last_figures = engine.figures()
-            for reply in asked:
-                reply(self.last_figures)
+        self._answer(asked)
+        return draining_since is not None and not engine.has_work
 
-    def _finish_draining(self, engine: Engine) -> bool:
-        """True when nothing is left to wait for."""
-        assert self._draining_since is not None
-        events = engine.end_waiting(FinishReason.SHUTDOWN)
-        if time.monotonic() - self._draining_since >= self._grace_s:
-            events += engine.end_running(FinishReason.SHUTDOWN)
-        self._deliver(StepReport(events))
-        if engine.has_work:
-            return False
-        self.last_figures = engine.figures()
-        return True
+    def _end_for_shutdown(self, engine: Engine, since: float) -> None:
+        self._deliver(StepReport(engine.end_waiting(FinishReason.SHUTDOWN)))
+        if time.monotonic() - since >= self._grace_s:
+            self._deliver(StepReport(engine.end_running(FinishReason.SHUTDOWN)))
+
+    def _answer(self, asked: list[Callable[[Figures], None]]) -> None:
+        for reply in asked:
+            try:
+                if self.last_figures:
+                    reply(self.last_figures)
+            except Exception:  # whoever asked is gone; that is no reason to end anybody's text
+                log.exception("an answer could not be given")
 
     def _deliver(self, report: StepReport) -> None:
-        if report.events or report.phase:
-            ended = sum(sequence.is_finished for sequence, _ in report.events)
-            self._ended_lately = [*self._ended_lately, *[time.monotonic()] * ended][-32:]
+        if not report.events and not report.phase:
+            return
+        ended = sum(sequence.is_finished for sequence, _ in report.events)
+        self._ended_lately = [*self._ended_lately, *[time.monotonic()] * ended][-32:]
+        try:
             self._publish(report)
+        except Exception:  # the step itself was good, and its other sequences go on
+            log.exception("a step could not be published")
 
-    def _retry_after_s(self, waiting: int) -> int:
+    def _retry_after_s(self) -> int:
         """Seconds until the queue has probably moved on by one, from how fast sequences have ended lately."""
         if len(self._ended_lately) < 2:
             return 1
@@ -211,11 +228,16 @@ class EngineThread:
         if self._engine:
             for sequence in arrived:
                 self._engine.add(sequence)
-            events = self._engine.end_running(FinishReason.INTERNAL) + self._engine.end_waiting(FinishReason.INTERNAL)
-            self._deliver(StepReport(events))
+            self._deliver(StepReport(self._engine.end_running(FinishReason.INTERNAL)))
+            self._deliver(StepReport(self._engine.end_waiting(FinishReason.INTERNAL)))
 
     def _enter(self, phase: EnginePhase) -> None:
         """Change the phase. A draining engine that is still loading goes on draining."""
-        if self._draining_since is None or phase in (EnginePhase.DRAINING, EnginePhase.FAILED):
-            self._phase = phase
-            self._phase_since = time.monotonic()
+        with self._mail:
+            if self._draining_since is None or phase in (EnginePhase.DRAINING, EnginePhase.FAILED):
+                self._phase = phase
+                self._phase_since = time.monotonic()
+
+
+def _came_to_an_end(report: StepReport) -> bool:
+    return any(isinstance(last, Ended) and last.reason is FinishReason.LENGTH for _, (*_, last) in report.events)

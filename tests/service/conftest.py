@@ -1,7 +1,9 @@
 """Servers for the tests of the edge: real processes on loopback ports with a tiny checkpoint of random weights."""
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -38,9 +40,10 @@ def start_server(checkpoint: Path, tmp_path: Path) -> Iterator[StartServer]:
     """Starts one with flags of the test's own; it is not waited for."""
     started: list[Server] = []
 
-    def start(*flags: object) -> Server:
+    def start(*flags: object, stdout: int | IO[str] = subprocess.PIPE) -> Server:
         log = tmp_path / f"log-{len(started)}"
-        started.append(Server(log, "--checkpoint", checkpoint, "--threads", 1, "--max-new-tokens", FOR_EVER, *flags))
+        flags = ("--checkpoint", checkpoint, "--threads", 1, "--max-new-tokens", FOR_EVER, *flags)
+        started.append(Server(log, *flags, stdout=stdout))
         return started[-1]
 
     yield start

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -46,13 +46,13 @@ def run_to_the_end(*flags: object, **environment: str) -> subprocess.CompletedPr
 class Server:
     """The process. Its log goes to a file, so that it never waits for a reader."""
 
-    def __init__(self, log: Path, *flags: object) -> None:
+    def __init__(self, log: Path, *flags: object, stdout: int | IO[str] = subprocess.PIPE) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                command("--port", self.port, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True
+                command("--port", self.port, *flags), cwd=ROOT, stdout=stdout, stderr=file, text=True
             )
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
 
@@ -91,8 +91,8 @@ class Server:
             self.process.wait(PATIENCE_S)
         finally:
             self.process.kill()
-            assert self.process.stdout is not None
-            self.process.stdout.close()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
 
     def generate(self, prompt: str = "ROMEO:", **body: object) -> httpx.Response:
         return self.client.post("/generate", json={"prompt": prompt, **body})

@@ -146,7 +146,8 @@ def test_any_object_is_accepted_within_the_contract_or_refused(fields: dict[str,
 @given(st.sampled_from([*GenerateBody.model_fields, "a field called correct horse"]))
 def test_a_refusal_never_repeats_what_was_sent(name: str) -> None:
     refused = refusal(json.dumps({"prompt": "", name: {"correct horse": ["battery staple"]}}))
-    assert not {"horse", "staple"} & set(json.dumps(refused.describe("id")).split())
+    told = json.dumps(refused.describe("id"))
+    assert not [sent for sent in ("correct", "horse", "battery", "staple") if sent in told]
 
 
 @given(st.binary(max_size=200))

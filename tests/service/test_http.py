@@ -32,6 +32,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ("GET", "/v1/completions", 404, "not_found"),
         ("GET", "/docs", 404, "not_found"),
         ("GET", "/generate", 405, "method_not_allowed"),
+        ("GET", "/livez/", 404, "not_found"),
+        ("POST", "/generate/", 404, "not_found"),
         ("DELETE", "/livez", 405, "method_not_allowed"),
         ("POST", "/", 405, "method_not_allowed"),
         ("GET", "/%00", 404, "not_found"),
@@ -89,11 +91,42 @@ def test_characters_outside_the_vocabulary_are_refused_by_place_and_code_point(s
     assert "caf" not in error["message"]
 
 
-def test_what_is_not_http_does_not_disturb_anybody(server: Server) -> None:
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x00\xa5 this is TLS, or so it says\r\n\r\n",
+        b"GET / HTTP/eleven\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
+    ],
+)
+def test_what_is_not_http_gets_the_one_error_shape_and_disturbs_nobody(server: Server, sent: bytes) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(b"\x16\x03\x01\x00\xa5 this is TLS, or so it says\r\n\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+        connection.sendall(sent)
+        head, _, content = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    response = httpx.Response(
+        int(first.split()[1]), headers=dict(line.split(": ", 1) for line in lines), content=content
+    )
+    assert (response.status_code, error_of(response)["code"]) == (400, "bad_request")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
     assert server.client.get("/livez").status_code == 200
+    assert '"level": "warning"' not in server.log
+
+
+def test_a_wish_to_upgrade_is_ignored_without_a_word(server: Server) -> None:
+    wish = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    assert server.client.get("/livez", headers=wish).status_code == 200
+    assert '"level": "warning"' not in server.log
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/info", "/metrics", "/", "/nowhere"])
+def test_head_is_get_without_the_body(server: Server, path: str) -> None:
+    get, head = server.client.get(path), server.client.head(path)
+    assert head.status_code == get.status_code
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert int(head.headers["content-length"]) > 0
+    assert head.content == b""
 
 
 FIELDS = st.fixed_dictionaries(

@@ -98,3 +98,12 @@ def test_the_process_is_measured_too_and_either_format_is_spoken(server: Server)
     openmetrics = server.client.get("/metrics", headers={"Accept": "application/openmetrics-text;version=1.0.0"})
     assert openmetrics.headers["content-type"].startswith("application/openmetrics-text")
     assert openmetrics.text.endswith("# EOF\n")
+
+
+@pytest.mark.parametrize(
+    "accept", [b"text/plain;version=abc;escaping", b"application/openmetrics-text; version=\xff; q=abc"]
+)
+def test_an_odd_wish_for_a_format_gets_the_usual_one(server: Server, accept: bytes) -> None:
+    response = server.client.get("/metrics", headers={b"Accept": accept})
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain")

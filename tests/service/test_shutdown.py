@@ -1,10 +1,15 @@
 """SIGTERM and Ctrl-C: those who run may finish, those who wait are told, nobody hangs, and the exit code is 0."""
 
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from service import server as edge
+from service.app import create_app
+from service.settings import read_settings
 from tests.service.conftest import StartServer
 from tests.service.serving import FOR_EVER, parse_events
 
@@ -54,3 +59,23 @@ def test_a_second_signal_does_not_wait(start_server: StartServer) -> None:
     server.signal(signal.SIGTERM)
     assert server.exit_code() == 128 + signal.SIGTERM
     connection.close()
+
+
+def test_a_standard_output_that_takes_nothing_is_no_reason_not_to_serve(start_server: StartServer) -> None:
+    with Path("/dev/full").open("w") as full:
+        server = start_server(stdout=full).wait_until_it_listens()
+    server.wait_for(ready=1)
+    assert server.answer(max_new_tokens=3)["usage"]["generated_tokens"] == 3
+    server.signal(signal.SIGTERM)
+    assert server.exit_code() == 0
+    assert "Traceback" not in server.log
+
+
+def test_a_bug_in_the_server_s_own_loop_ends_the_engine_too(checkpoint: Path) -> None:
+    class Buggy(edge.Server):
+        async def on_tick(self, counter: int) -> bool:
+            raise ZeroDivisionError
+
+    app = create_app(read_settings(["--checkpoint", str(checkpoint), "--threads", "1"]))
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(ZeroDivisionError):
+        Buggy(app, listener).run(sockets=[listener])  # returns when the engine's thread has

@@ -19,7 +19,7 @@ ENDED = Ended(
     expert_counts=((3, 5), (8, 0)),
     queue_s=0.5,
     ttft_s=0.75,
-    total_s=1.5,
+    total_s=1.25,
 )
 
 
@@ -46,8 +46,13 @@ def test_the_end_has_the_text_the_usage_and_the_rates(transcript: Transcript) ->
     name, done = parsed(transcript.event(ENDED))
     assert (name, done["finish_reason"], done["text"]) == ("done", "length", "a\n")
     assert done["usage"] == {"prompt_tokens": 3, "generated_tokens": 2, "total_tokens": 5}
-    assert done["timings"] == {"queue_s": 0.5, "ttft_s": 0.75, "total_s": 1.5, "tokens_per_s": 2.0}
+    assert done["timings"] == {"queue_s": 0.5, "ttft_s": 0.75, "total_s": 1.25, "tokens_per_s": 2.0}
     assert done["routing"] == {"tokens": 4, "counts": [[3, 5], [8, 0]]}
+
+
+def test_a_single_token_has_no_speed(transcript: Transcript) -> None:
+    _, done = parsed(transcript.event(replace(ENDED, generated_tokens=1)))
+    assert done["timings"]["tokens_per_s"] is None
 
 
 @pytest.mark.parametrize("reason", [FinishReason.SHUTDOWN, FinishReason.INTERNAL, FinishReason.NON_FINITE])

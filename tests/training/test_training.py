@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,12 +18,13 @@ from model.router import Routing
 from tests.checkpoints import tiny_model
 from tests.evidence import At, Evidence
 from training import config as configs
-from training import runs
+from training import corpora, runs
 from training.balance import switch_loss, z_loss
 from training.config import BadConfig
 from training.evaluate import evaluate
 from training.initialise import initialise
-from training.optimizer import polar_factor, schedule
+from training.optimizer import Muon, polar_factor, schedule
+from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 VERSE = "The quick brown fox jumps over the lazy dog, and he sleeps on.\n" * 200
@@ -31,6 +33,7 @@ VERSE = "The quick brown fox jumps over the lazy dog, and he sleeps on.\n" * 200
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     (tmp_path / "verse.txt").write_text(VERSE)
+    (tmp_path / "short.txt").write_text(VERSE[:200])
     return tmp_path / "verse.txt"
 
 
@@ -117,7 +120,11 @@ def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(text: Path) -> N
         (["train", "--preset", "tiny", "--hidden-size", "30"], "hidden_size is 30"),
         (["train", "--preset", "tiny", "--data", "none.txt"], "none.txt cannot be read"),
         (["train", "--preset", "tiny", "--data", "verse.txt", "--resume"], "no whole checkpoint"),
+        (["train", "--preset", "tiny", "--data", "short.txt"], "context_length 32 needs more"),
+        (["train", "--preset", "tiny", "--run", "../out"], "plain name"),
+        (["train", "--preset", "tiny", "--matrix-learning-rate", "nan"], "matrix_learning_rate is nan"),
         (["sample", "--checkpoint", "none"], "none is no folder"),
+        (["sample", "--temperature", "nan"], "--temperature is nan"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(text: Path, arguments: list[str], message: str) -> None:
@@ -126,6 +133,65 @@ def test_what_cannot_be_is_refused_in_one_line(text: Path, arguments: list[str],
     assert process.returncode == 1
     assert message in output
     assert len(output.splitlines()) == 1
+
+
+def test_a_resume_is_refused_for_another_run_and_a_damaged_step_is_passed_over(text: Path) -> None:
+    train(text, "mine")
+    run = text.parent / "runs" / "mine"
+    for other, named in (["--seed", 9], "seed"), (["--weight-decay", 0.3], "weight_decay"), ([], "20 steps already"):
+        process = training(
+            "train", "--preset", "tiny", "--data", text, "--run", "mine", "--resume", *other, cwd=text.parent
+        )
+        output, _ = process.communicate(timeout=60)
+        assert (process.returncode, len(output.splitlines())) == (1, 1)
+        assert named in output
+    assert runs.newest(run) == run / "step-20"
+    (run / "step-20" / runs.RESUME).write_bytes(b"torn")
+    assert runs.newest(run) == run / "step-10"
+    train(text, "mine", "--resume", "--steps", 21)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(1, 22)), "a step is on record once, however often it was taken"
+
+
+def test_a_run_that_diverges_says_so_and_keeps_what_it_had(text: Path) -> None:
+    arguments = ("train", "--preset", "tiny", "--data", text, "--run", "wild", "--evaluate-every", 1)
+    process = training(*arguments, "--embedding-learning-rate", 1e18, cwd=text.parent)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "lower the learning rates" in output.splitlines()[-1]
+    for folder in (text.parent / "runs" / "wild").glob("step-*"):
+        checkpoint.load(folder)
+
+
+def test_the_loss_that_is_descended_holds_balance_and_z(text: Path) -> None:
+    """With the cross entropy's part taken away, the router still moves, and by either term alone."""
+    corpus = corpora.from_file(text)
+    gradients = {}
+    for balance, z in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
+        config = configs.from_preset("tiny", {"balance_weight": balance, "z_weight": z, "warmup_steps": 10**6})
+        trainer = Trainer(config, corpus, text.parent / "run", torch.device("cpu"))
+        router = trainer.model.layers[0].moe.router.weight
+        with torch.no_grad():
+            router.normal_(generator=torch.Generator().manual_seed(0))
+        seen: list[torch.Tensor] = []
+        router.register_hook(seen.append)
+        trainer.train_step(0)
+        gradients[balance, z] = seen[0].abs().sum().item()
+    # The head is zero at first, so cross entropy alone moves no router at all.
+    assert gradients[0.0, 0.0] == 0
+    assert gradients[1.0, 0.0] > 0
+    assert gradients[0.0, 1.0] > 0
+
+
+def test_one_step_of_muon_is_the_hand_written_one() -> None:
+    weight = torch.nn.Parameter(torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(0)))
+    weight.grad = torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(1))
+    first = weight.detach().clone()
+    with torch.no_grad():
+        Muon({"w": weight}, learning_rate=0.02, weight_decay=0.1).step(0, factor=0.5)
+    direction = 0.15 * weight.grad + 0.85 * 0.15 * weight.grad
+    expected = first * (1 - 0.01 * 0.1) - 0.01 * (96 / 64) ** 0.5 * polar_factor(direction)
+    torch.testing.assert_close(weight.detach(), expected)
 
 
 def test_export_keeps_what_serving_reads(text: Path) -> None:

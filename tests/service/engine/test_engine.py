@@ -186,8 +186,11 @@ def test_figures_taken_while_sequences_run_are_consistent(model: Transformer) ->
 def test_an_expired_sequence_ends_as_timeout_and_frees_its_slot(model: Transformer) -> None:
     engine = engine_for(model)
     one = Sequence(prompt(3), SamplingParams(1000), deadline_s=0.0)
-    events = run(engine, one)[one]
-    assert [ended(events).reason, engine.num_running, engine.num_free_slots] == [FinishReason.TIMEOUT, 0, 16]
+    run(engine, one, steps=3)
+    assert (engine.num_running, one.is_finished) == (1, False)
+    ((_, events),) = engine.expire()
+    assert [ended(list(events)).reason, engine.num_running, engine.num_free_slots] == [FinishReason.TIMEOUT, 0, 16]
+    assert engine.expire() == ()
 
 
 def test_a_row_that_is_not_finite_ends_alone_and_its_slots_next_tenant_is_unharmed() -> None:
@@ -214,13 +217,48 @@ def test_a_row_that_is_not_finite_ends_alone_and_its_slots_next_tenant_is_unharm
     assert all(0 < weight <= fed for weight in figures.gate_weight.sum(-1)), "a broken row's weight was summed"
 
 
+def test_a_row_that_breaks_while_decoding_balances_its_own_books() -> None:
+    model = tiny_model().requires_grad_(False)
+    engine = engine_for(model)
+    one = sequence(9, seed=3, max_new_tokens=30)
+    events = run(engine, one, steps=4)[one]
+    with torch.no_grad():
+        model.embedding.weight.fill_(float("nan"))
+    end = ended(events + run(engine)[one])
+    assert end.reason is FinishReason.NON_FINITE
+    for layer in end.expert_counts:
+        assert sum(layer) == model.config.experts_per_token * end.routed_tokens
+    assert engine.figures().routed_tokens[:, 0].sum() == end.routed_tokens
+
+
+def test_a_prompt_that_was_left_half_read_harms_no_later_tenant() -> None:
+    model = tiny_model().requires_grad_(False)
+    poisoned = 64
+    with torch.no_grad():
+        model.embedding.weight[poisoned] = float("nan")
+        model.head.weight[poisoned] = -10.0 * model.head.weight.abs().mean()
+    expected = sequence(9, seed=3, max_new_tokens=30)
+    run(engine_for(model), expected)
+    engine = engine_for(model, num_slots=1)
+    victim, tenant = Sequence((poisoned,) * 60, SamplingParams(30)), sequence(9, seed=3, max_new_tokens=30)
+    run(engine, victim, steps=1)
+    engine.end([victim], FinishReason.CANCELLED)
+    run(engine, tenant)
+    assert tenant.token_ids == expected.token_ids
+
+
+def test_a_stranger_cannot_be_ended(model: Transformer) -> None:
+    assert engine_for(model).end([sequence()], FinishReason.CANCELLED) == ()
+
+
 def test_after_a_failed_step_the_running_end_and_the_queue_goes_on(model: Transformer) -> None:
     expected = sequence(9, seed=3)
     run(engine_for(model), expected)
     engine = engine_for(model, num_slots=1)
     running, waiting = sequence(5, seed=1), sequence(9, seed=3)
     run(engine, running, waiting, steps=3)
-    failed = engine.fail_running()
+    failed = engine.end_running(FinishReason.INTERNAL)
+    engine.rebuild()
     assert [(one, event[0].reason) for one, event in failed if isinstance(event[0], Ended)] == [
         (running, FinishReason.INTERNAL)
     ]

@@ -5,16 +5,24 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from model import checkpoint
+from model.transformer import Transformer
+from service.engine.batch import Batch, DecodeBatch
+from service.engine.counters import ExpertCounters
+from service.engine.engine import Engine
 from service.engine.loading import EngineOptions, build_engine
 from service.engine.reports import Figures, StepReport
+from service.engine.runner import Drawn, TorchRunner
+from service.engine.scheduler import Scheduler
 from service.engine.sequence import Ended, FinishReason, SamplingParams, Sequence
-from service.engine.thread import EnginePhase, EngineThread, NotServing, QueueFull
-from tests.checkpoints import tiny_checkpoint
+from service.engine.thread import EngineInfo, EnginePhase, EngineThread, NotServing, QueueFull
+from tests.checkpoints import tiny_checkpoint, tiny_files, tiny_model
 
 PATIENCE_S = 60
 
@@ -115,9 +123,6 @@ def test_draining_ends_everybody_and_then_the_thread(thread: EngineThread, liste
 
 
 def test_weights_that_compute_something_else_are_never_served(tmp_path: Path, listener: Listener) -> None:
-    from model import checkpoint
-    from tests.checkpoints import tiny_files, tiny_model
-
     files = tiny_files(tiny_model(seed=0))
     other = tiny_files(tiny_model(seed=1))  # sound weights, but not those that the record was written with
     checkpoint.save(tmp_path / "mixed", {**files, "model.safetensors": other["model.safetensors"]})
@@ -139,6 +144,110 @@ def test_slots_that_do_not_fit_are_refused_with_the_numbers(folder: Path, listen
     assert thread.failure is not None
     assert "--slots is 100000" in thread.failure
     assert "--kv-memory-mib" in thread.failure
+
+
+class FaultyRunner(TorchRunner):
+    """The real runner, but for a step now and then that raises as a broken device does."""
+
+    def __init__(self, model: Transformer, counters: ExpertCounters, is_broken: Callable[[Batch], bool]) -> None:
+        super().__init__(model, 2, counters)
+        self._is_broken = is_broken
+
+    def run(self, batch: Batch, steps: int) -> Drawn | None:
+        if self._is_broken(batch):
+            raise RuntimeError("the device is broken")
+        return super().run(batch, steps)
+
+
+def faulty_thread(listener: Listener, is_broken: Callable[[Batch], bool], grace_s: float = 0.0) -> EngineThread:
+    def build(_: Callable[[EnginePhase], None]) -> tuple[Engine, EngineInfo]:
+        model = tiny_model().requires_grad_(False)
+        counters = ExpertCounters(model.config, 2, model.device)
+        engine = Engine(FaultyRunner(model, counters, is_broken), Scheduler(2, 16), counters)
+        return engine, EngineInfo("cpu", 1, "faulty", 2, "", 0.0)
+
+    thread = EngineThread(build, listener.publish, max_queued=8, grace_s=grace_s)
+    thread.start()
+    while thread.phase is EnginePhase.LOADING:
+        thread.join(0.01)
+    return thread
+
+
+def test_one_step_that_raises_ends_who_ran_and_the_next_is_served(listener: Listener) -> None:
+    broken = [True]
+    thread = faulty_thread(listener, lambda batch: isinstance(batch, DecodeBatch) and bool(broken and broken.pop()))
+    first, second = short(), short()
+    thread.submit(first)
+    listener.wait(lambda: bool(listener.ends[first]))
+    thread.submit(second)
+    listener.wait(lambda: bool(listener.ends[second]))
+    assert [end.reason for end in listener.ends[first]] == [FinishReason.INTERNAL]
+    assert [end.reason for end in listener.ends[second]] == [FinishReason.LENGTH]
+    assert thread.phase is EnginePhase.READY
+    thread.drain()
+    thread.join(PATIENCE_S)
+
+
+def test_an_engine_that_only_raises_fails_and_leaves_nobody_waiting(listener: Listener) -> None:
+    thread = faulty_thread(listener, lambda batch: isinstance(batch, DecodeBatch))
+    sequences = [short() for _ in range(8)]
+    for sequence in sequences:
+        with suppress(NotServing):
+            thread.submit(sequence)
+        listener.wait(lambda sequence=sequence: bool(listener.ends[sequence]) or thread.phase is EnginePhase.FAILED)
+    thread.join(PATIENCE_S)
+    assert thread.phase is EnginePhase.FAILED
+    assert thread.failure == "the device is broken"
+    assert {end.reason for ends in listener.ends.values() for end in ends} == {FinishReason.INTERNAL}
+    assert max(map(len, listener.ends.values())) == 1
+
+
+def test_who_runs_may_finish_within_the_grace_time(listener: Listener) -> None:
+    thread = faulty_thread(listener, lambda batch: False, grace_s=PATIENCE_S)
+    running = [Sequence((1, 2, 3), SamplingParams(max_new_tokens=300), deadline_s=PATIENCE_S) for _ in range(2)]
+    waiting = short()
+    for sequence in (*running, waiting):
+        thread.submit(sequence)
+    listener.wait(lambda: listener.tokens[running[1]] > 2)
+    thread.drain()
+    thread.join(PATIENCE_S)
+    assert [end.reason for sequence in running for end in listener.ends[sequence]] == [FinishReason.LENGTH] * 2
+    assert [end.reason for end in listener.ends[waiting]] == [FinishReason.SHUTDOWN]
+    assert ask(thread).generated_tokens == 600, "figures are answered after the end as well"
+
+
+def test_what_arrives_while_the_engine_reads_its_mail_is_ended_by_a_drain(
+    thread: EngineThread, listener: Listener
+) -> None:
+    late = short()
+
+    def submit_and_drain(_: Figures) -> None:
+        other = threading.Thread(target=lambda: (thread.submit(late), thread.drain()))
+        other.start()
+        other.join()
+
+    thread.figures(submit_and_drain)
+    thread.join(PATIENCE_S)
+    assert [end.reason for end in listener.ends[late]] == [FinishReason.SHUTDOWN]
+
+
+def test_a_caller_that_raises_or_cancels_strangers_harms_nobody(thread: EngineThread, listener: Listener) -> None:
+    def raising(_: Figures) -> None:
+        raise RuntimeError("nobody is here any more")
+
+    thread.figures(raising)
+    thread.cancel(short())
+    sequence = short()
+    thread.submit(sequence)
+    listener.wait(lambda: bool(listener.ends[sequence]))
+    assert [end.reason for end in listener.ends[sequence]] == [FinishReason.LENGTH]
+
+
+def test_time_runs_out_for_a_running_sequence(thread: EngineThread, listener: Listener) -> None:
+    sequence = Sequence((1, 2, 3), SamplingParams(max_new_tokens=10**9), deadline_s=0.2)
+    thread.submit(sequence)
+    listener.wait(lambda: bool(listener.ends[sequence]))
+    assert [end.reason for end in listener.ends[sequence]] == [FinishReason.TIMEOUT]
 
 
 def ask(thread: EngineThread) -> Figures:
