@@ -47,8 +47,11 @@ class RequestScope:
             await self._app(scope, receive, send)
             return
         call = _Call(scope, send)
-        # HEAD is GET to everything within; the server leaves the body out.
-        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        inner = dict(scope)
+        if scope["method"] == "HEAD":
+            inner["method"] = "GET"  # to everything within; the server leaves the body out
+        if scope["path"].endswith(("/.", "/..")):
+            inner["path"] += "/"  # or the page's files redirect there, to the address that the client's Host names
         try:
             await self._app(inner, receive, call.send)
         except Exception as error:

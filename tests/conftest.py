@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 # Before anything imports torch: the models here are too small to share between threads, and the spinning threads of a
 # test and of the servers that it starts would only keep each other waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 pytest_plugins = ["tests.skips", "tests.evidence"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.engine.sequence import FinishReason, SamplingParams, Sequence
-from service.engine.thread import EngineInfo, EnginePhase
+from service.engine.thread import CannotServe, EngineInfo, EnginePhase
 
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
@@ -20,10 +20,6 @@ log = logging.getLogger(__name__)
 
 DEFAULT_SLOTS = 64
 MIB = 2**20
-
-
-class CannotServe(Exception):
-    """The engine cannot be built as it was asked for. One sentence that says what to change."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from model.checkpoint import CheckpointError
 from service.engine.reports import Figures, StepReport
 from service.engine.sequence import Ended, FinishReason, Sequence
 
@@ -38,6 +39,10 @@ class QueueFull(Exception):
         super().__init__(f"{limit} requests are waiting already")
         self.limit = limit
         self.retry_after_s = retry_after_s
+
+
+class CannotServe(Exception):
+    """The engine cannot be built as it was asked for. One sentence that says what to change."""
 
 
 class NotServing(Exception):
@@ -220,7 +225,9 @@ class EngineThread:
         return min(60, max(1, round(1 / rate)))
 
     def _fail(self, error: Exception) -> None:
-        log.error("the engine has failed: %s", error, exc_info=self._engine is not None)
+        is_refusal = isinstance(error, CannotServe | CheckpointError)  # a sentence for the user; whoever waits reads it
+        if not is_refusal:
+            log.error("the engine has failed: %s", error, exc_info=error)
         with self._mail:
             self.failure = str(error) or type(error).__name__
             self._enter(EnginePhase.FAILED)

@@ -199,6 +199,13 @@ def test_the_page_and_its_files_have_their_types(server: Server) -> None:
     assert server.client.head("/").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/.", "//elsewhere.test/..", "/livez/", "//elsewhere.test/livez/"])
+def test_nobody_is_sent_to_the_address_that_the_host_header_names(server: Server, path: str) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: elsewhere.test\r\nConnection: close\r\n\r\n".encode())
+        assert b"location:" not in connection.makefile("rb").read().partition(b"\r\n\r\n")[0].lower()
+
+
 @pytest.mark.parametrize("path", ["/../app.py", "/%2e%2e/app.py", "/..%2fapp.py", "//etc/passwd", "/static/../app.py"])
 def test_files_outside_the_page_are_not_served(server: Server, path: str) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:  # httpx would tidy the path up

@@ -190,11 +190,14 @@ def test_one_step_that_raises_ends_who_ran_and_the_next_is_served(listener: List
 
 def test_an_engine_that_only_raises_fails_and_leaves_nobody_waiting(listener: Listener) -> None:
     thread = faulty_thread(listener, lambda batch: isinstance(batch, DecodeBatch))
-    sequences = [short() for _ in range(8)]
-    for sequence in sequences:
+
+    def ended_or_failed(sequence: Sequence) -> bool:
+        return bool(listener.ends[sequence]) or thread.phase is EnginePhase.FAILED
+
+    for sequence in [short() for _ in range(8)]:
         with suppress(NotServing):
             thread.submit(sequence)
-        listener.wait(lambda sequence=sequence: bool(listener.ends[sequence]) or thread.phase is EnginePhase.FAILED)
+        listener.wait(partial(ended_or_failed, sequence))
     thread.join(PATIENCE_S)
     assert thread.phase is EnginePhase.FAILED
     assert thread.failure == "the device is broken"
@@ -222,7 +225,11 @@ def test_what_arrives_while_the_engine_reads_its_mail_is_ended_by_a_drain(
     late = short()
 
     def submit_and_drain(_: Figures) -> None:
-        other = threading.Thread(target=lambda: (thread.submit(late), thread.drain()))
+        def both() -> None:
+            thread.submit(late)
+            thread.drain()
+
+        other = threading.Thread(target=both)
         other.start()
         other.join()
 
