@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 # test and of the servers that it starts would only keep each other waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# `make test ARGS=...` hands its own arguments to every make below it.
+for inherited in ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"):
+    os.environ.pop(inherited, None)
+
 pytest_plugins = ["tests.skips", "tests.evidence"]
 
 

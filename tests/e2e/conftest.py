@@ -63,7 +63,8 @@ def narrow_server(checkpoint: Path, tmp_path: Path) -> Iterator[Server]:
         server.stop()
 
 
-@pytest.fixture(scope="session")
+# Playwright runs an event loop in this thread for as long as it is open, and other modules run their own.
+@pytest.fixture(scope="module")
 def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
     path = os.environ.get("CHROMIUM") or request.getfixturevalue("chromium")
     with sync_playwright() as playwright:
