@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +143,9 @@ class Samples:
 
     def by(self, name: str, label: str, **labels: object) -> dict[str, float]:
         """The same for each value of one label."""
-        sums: Counter[str] = Counter()
+        sums: defaultdict[str, float] = defaultdict(float)
         for series, value in self._matching(name, labels).items():
-            sums[dict(series)[label]] += value  # type: ignore[assignment]  # a Counter of floats adds up just as well
+            sums[dict(series)[label]] += value
         return dict(sums)
 
     def _matching(self, name: str, labels: dict[str, object]) -> dict[frozenset[tuple[str, str]], float]:
