@@ -25,13 +25,14 @@ class Experts(nn.Module):
     def __init__(self, channels: int, num_experts: int, expert_size: int) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.row_multiple = ROW_MULTIPLE
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2, expert_size, channels))
         self.down = nn.Parameter(torch.empty(num_experts, channels, expert_size))
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x (N, C) -> (N, C), each row the weighted sum of its K experts' outputs."""
         experts_per_token = routing.expert_ids.shape[-1]
-        row_of, group_ends, num_rows = padded_layout(routing.expert_ids.flatten(), self.num_experts)
+        row_of, group_ends, num_rows = padded_layout(routing.expert_ids.flatten(), self.num_experts, self.row_multiple)
         token_of = row_of.new_zeros(num_rows)  # rows of padding compute token 0 once more; nobody reads them
         token_of[row_of] = torch.arange(row_of.numel(), device=x.device) // experts_per_token
         outputs = self._multiply(x[token_of], group_ends)[row_of].unflatten(0, (-1, experts_per_token))  # (N, K, C)
@@ -56,18 +57,18 @@ class Experts(nn.Module):
         return (outputs * routing.expert_weights.unsqueeze(-1)).sum(dim=1)
 
 
-def padded_layout(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
-    """Where each assignment goes when assignments are sorted by expert and every group is padded to ROW_MULTIPLE rows.
+def padded_layout(expert_ids: Tensor, num_experts: int, row_multiple: int = ROW_MULTIPLE) -> tuple[Tensor, Tensor, int]:
+    """Where each assignment goes when assignments are sorted by expert and every group is padded to row_multiple rows.
 
     expert_ids (A,) -> row of each assignment (A,), end of each expert's group (E,) int32, number of rows. No shape
     depends on the values, so nothing waits for the device. The last group takes the rows that are left over: a row of
     no group would carry undefined gradients.
     """
-    num_rows = expert_ids.numel() + (ROW_MULTIPLE - 1) * num_experts
-    num_rows += -num_rows % ROW_MULTIPLE
+    num_rows = expert_ids.numel() + (row_multiple - 1) * num_experts
+    num_rows += -num_rows % row_multiple
     order = expert_ids.argsort(stable=True)
     counts = expert_ids.new_zeros(num_experts).scatter_add_(0, expert_ids, torch.ones_like(expert_ids))
-    padded = (counts + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
+    padded = (counts + row_multiple - 1) // row_multiple * row_multiple
     ends = padded.cumsum(0)
     shift = (ends - padded) - (counts.cumsum(0) - counts)  # how far padding has moved each expert's group
     rows = torch.empty_like(expert_ids)
@@ -84,8 +85,8 @@ class SparseMoE(nn.Module):
         self.router = Router(channels, num_experts, experts_per_token)
         self.experts = Experts(channels, num_experts, expert_size)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x (..., C) -> (..., C) and the routing of its tokens in order."""
+    def forward(self, x: Tensor, disabled: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x (..., C) -> (..., C) and the routing of its N tokens in order. disabled: as the router takes it."""
         tokens = x.flatten(0, -2)
-        routing = self.router(tokens)
+        routing = self.router(tokens, disabled)
         return self.experts(tokens, routing).view_as(x), routing

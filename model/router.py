@@ -32,8 +32,10 @@ class Router(nn.Module):
         self.experts_per_token = experts_per_token
         self.weight = nn.Parameter(torch.empty(num_experts, channels))
 
-    def forward(self, x: Tensor) -> Routing:
-        """x (N, C) -> Routing"""
+    def forward(self, x: Tensor, disabled: Tensor | None = None) -> Routing:
+        """x (N, C) -> Routing. disabled (N or 1, E) of bool: experts that a token must do without."""
         logits = F.linear(x.float(), self.weight.float())
+        if disabled is not None:
+            logits = logits.masked_fill(disabled, -torch.inf)
         chosen = logits.topk(self.experts_per_token, dim=-1)
         return Routing(logits, expert_ids=chosen.indices, expert_weights=chosen.values.softmax(dim=-1))

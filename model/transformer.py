@@ -30,10 +30,12 @@ class Layer(nn.Module):
         self.moe_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.moe = SparseMoE(config.hidden_size, config.num_experts, config.experts_per_token, config.expert_size)
 
-    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> tuple[Tensor, Routing]:
-        """x (B, T, C) -> (B, T, C) and the routing of its B * T tokens."""
+    def forward(
+        self, x: Tensor, rotary: Rotary, attend: Attend, disabled: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """x (B, T, C) -> (B, T, C) and the routing of its B * T tokens. disabled (B * T or 1, E)"""
         x = x + self.attention(self.attention_norm(x), rotary, attend)
-        update, routing = self.moe(self.moe_norm(x))
+        update, routing = self.moe(self.moe_norm(x), disabled)
         return x + update, routing
 
 
@@ -52,19 +54,32 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.head.weight.device
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, list[Routing]]:
-        """A whole text at once, uncached. ids (B, T) -> logits (B, T, V) and the routing of each layer."""
+    def pad_rows_to(self, multiple: int) -> None:
+        """Pad every expert's group of rows to a multiple of this; 4 unless told."""
+        for layer in self.layers:
+            layer.moe.experts.row_multiple = multiple
+
+    def forward(self, ids: Tensor, disabled: Tensor | None = None) -> tuple[Tensor, list[Routing]]:
+        """A whole text at once, uncached. ids (B, T) -> logits (B, T, V) and the routing of each layer.
+
+        disabled (1, L, E) of bool: experts to do without.
+        """
         positions = torch.arange(ids.shape[1], device=ids.device)
         attend = attend_in_window(self.config.context_length, ids.shape[1], ids.device)
-        hidden, routings = self.hidden(ids, positions[None], lambda layer: attend)
+        hidden, routings = self.hidden(ids, positions[None], lambda layer: attend, disabled)
         return self.head(hidden), routings
 
-    def hidden(self, ids: Tensor, positions: Tensor, attend_in: AttendIn) -> tuple[Tensor, list[Routing]]:
-        """The final normed states of some tokens: ids and positions (B or 1, T) -> (B, T, C), routing per layer."""
+    def hidden(
+        self, ids: Tensor, positions: Tensor, attend_in: AttendIn, disabled: Tensor | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """The final normed states of some tokens: ids and positions (B or 1, T) -> (B, T, C), routing per layer.
+
+        disabled (B * T or 1, L, E) of bool: experts that a token must do without.
+        """
         x = self.embedding(ids)
         rotary = Rotary.at(positions, self.config.head_dim, self.config.rope_theta)
         routings = []
         for index, layer in enumerate(self.layers):
-            x, routing = layer(x, rotary, attend_in(index))
+            x, routing = layer(x, rotary, attend_in(index), None if disabled is None else disabled[:, index])
             routings.append(routing)
         return self.norm(x), routings

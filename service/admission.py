@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from service.schemas import MAX_PROMPT_CHARACTERS, GenerateBody, Limits, parse_g
 from service.streaming import Generation
 
 START_OF_TEXT = "\n"
+MAX_UNREAD_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,22 @@ class Admission:
         engine: EngineThread,
         exchange: Exchange,
         metrics: Metrics,
-        timeout_s: float,
+        queue_timeout_s: float,
     ) -> None:
         self.limits = limits
         self._card = card
         self._engine = engine
         self._exchange = exchange
         self._metrics = metrics
-        self._timeout_s = timeout_s
+        self._queue_timeout_s = queue_timeout_s
 
     async def admit(self, request: Request) -> Admitted:
         """Raises ApiError; every request is counted here or at its end, once."""
         body: GenerateBody | None = None
         try:
             body = parse_generate(await read_json_object(request), self.limits)
-            return self._submit(body, request.state.request_id)
+            last_index = self._last_index(request.headers.get("last-event-id"), body)
+            return self._submit(body, request.state.request_id, last_index)
         except ApiError as error:
             self._metrics.record_refusal(error.kind.type, stream=body is None or body.stream)
             raise
@@ -67,12 +70,44 @@ class Admission:
         if not stream.has_ended:
             self._engine.cancel(stream.sequence)
 
-    def _submit(self, body: GenerateBody, request_id: str) -> Admitted:
+    def _last_index(self, event_id: str | None, body: GenerateBody) -> int:
+        """The index of the last token that the client has, or -1. Raises ApiError when no stream here goes on so."""
+        if event_id is None or self._engine.info is None:
+            return -1
+        found = re.fullmatch(r"([0-9a-f]{12}):(-1|[0-9]{1,9})", event_id)
+        if found is None or not body.stream or int(found[2]) >= body.max_new_tokens:
+            raise ApiError("bad_event_id", param="Last-Event-ID")
+        if body.seed is None:
+            raise ApiError("seed_needed", param="seed")
+        if found[1] != self._engine.info.fingerprint:
+            raise ApiError("other_fingerprint", param="Last-Event-ID")
+        return int(found[2])
+
+    def _submit(self, body: GenerateBody, request_id: str, last_index: int) -> Admitted:
         prompt_ids, prompt_used = self._spell(body)
         seed = secrets.randbits(32) if body.seed is None else body.seed
-        sequence = Sequence(prompt_ids, _sampling(body, seed), body.return_routed_experts, self._timeout_s)
-        name = self._card.manifest.name
-        generation = Generation(request_id, name, seed, body.params(), len(prompt_ids), prompt_used)
+        texts, info = self._card.tokenizer.tokens, self._engine.info
+        sequence = Sequence(
+            prompt_ids,
+            _sampling(body, seed),
+            body.return_routed_experts,
+            deadline_s=self.limits.timeout_s if body.timeout_s is None else body.timeout_s,
+            queue_deadline_s=self._queue_timeout_s,
+            num_logprobs=body.logprobs,
+            max_unread=MAX_UNREAD_TOKENS,
+            spell=texts.__getitem__,
+        )
+        generation = Generation(
+            request_id,
+            self._card.manifest.name,
+            seed,
+            body.params(),
+            len(prompt_ids),
+            prompt_used,
+            texts,
+            info.fingerprint if info else "",
+            last_index,
+        )
         try:
             stream = self._exchange.open(self._engine, sequence, request_id, streams=body.stream)
         except QueueFull as full:
@@ -114,4 +149,13 @@ async def abandoned_on_disconnect(request: Request, stream: TokenStream) -> Asyn
 
 
 def _sampling(body: GenerateBody, seed: int) -> SamplingParams:
-    return SamplingParams(body.max_new_tokens, body.temperature, body.top_k, body.top_p, seed)
+    return SamplingParams(
+        max_new_tokens=body.max_new_tokens,
+        temperature=body.temperature,
+        top_k=body.top_k,
+        top_p=body.top_p,
+        min_p=body.min_p,
+        seed=seed,
+        stop=tuple(body.stop),
+        disabled_experts=tuple((layer, expert) for layer, expert in body.disabled_experts),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tomllib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -19,7 +20,7 @@ from service.card import ModelCard
 from service.engine.loading import EngineOptions, build_engine
 from service.engine.thread import EngineThread
 from service.errors import ApiError, answer_api_error, answer_http_exception
-from service.exchange import Exchange
+from service.exchange import Exchange, watch
 from service.metrics import EngineCollector, Metrics
 from service.middleware import RequestScope
 from service.routes import Routes
@@ -37,23 +38,29 @@ def create_app(settings: Settings) -> FastAPI:
     """
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     card = ModelCard.read(settings.checkpoint)
-    limits = Limits(settings.max_new_tokens, card.config.vocab_size)
+    limits = Limits(settings.max_new_tokens, settings.request_timeout_s, card.config)
     prometheus_client.disable_created_metrics()  # a second series for every counter, which nobody has asked for
     metrics = Metrics()
     exchange = Exchange(metrics)
     build = partial(build_engine, _engine_options(settings))  # what takes seconds happens on the engine's thread
-    engine = EngineThread(build, exchange.publish, max_queued=settings.queue, grace_s=settings.grace_s)
+    engine = EngineThread(
+        build,
+        exchange.publish,
+        max_queued=settings.queue,
+        queue_timeout_s=settings.queue_timeout_s,
+        grace_s=settings.grace_s,
+    )
     metrics.registry.register(
         EngineCollector(engine, card.config, {"version": version, "checkpoint": card.fingerprint})
     )
-    admission = Admission(card, limits, engine, exchange, metrics, settings.request_timeout_s)
+    admission = Admission(card, limits, engine, exchange, metrics, settings.queue_timeout_s)
     app = FastAPI(
         title="Moescope",
         version=version,
         docs_url=None,  # both pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # a redirect's address would be made of the client's Host header
-        lifespan=_lifespan(engine, exchange),
+        lifespan=_lifespan(engine, exchange, settings.stuck_after_s),
         exception_handlers={ApiError: answer_api_error, HTTPException: answer_http_exception},
     )
     app.add_middleware(RequestScope)
@@ -71,16 +78,20 @@ def _engine_options(settings: Settings) -> EngineOptions:
         slots=settings.slots,
         kv_memory_mib=settings.kv_memory_mib,
         prefill_chunk=settings.prefill_chunk,
+        fault=os.environ.get("MOESCOPE_FAULT"),
     )
 
 
-def _lifespan(engine: EngineThread, exchange: Exchange) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    engine: EngineThread, exchange: Exchange, stuck_after_s: float
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         exchange.attach(asyncio.get_running_loop())
         engine.start()
+        watching = asyncio.create_task(watch(engine, exchange, stuck_after_s))
         yield
         engine.drain()  # a second time, as a rule; the server may also stop for a reason of its own
-        await asyncio.to_thread(engine.join)
+        await watching  # which ends with the engine, or without it
 
     return lifespan

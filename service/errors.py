@@ -42,13 +42,27 @@ KINDS: Mapping[str, Kind] = {
     "client_closed": Kind(499, "cancelled", "the client went away"),
     "internal": Kind(500, "internal", "something went wrong here; the log has it under this request id"),
     "non_finite": Kind(500, "internal", "the model computed something that is not a number; this request was ended"),
-    "queue_full": Kind(429, "overloaded", "as many requests are waiting as may wait", retry_after_s=1),
+    "bad_event_id": Kind(
+        422,
+        "invalid_request",
+        "Last-Event-ID must be the id of an event of this very stream: digits of a fingerprint,"
+        " a colon and an index below max_new_tokens",
+    ),
+    "seed_needed": Kind(422, "invalid_request", "a stream goes on only with the seed that its start event told"),
+    "other_fingerprint": Kind(
+        409,
+        "conflict",
+        "this server would write another text: its model, runner or threads are others than before",
+    ),
+    "queue_full": Kind(429, "overloaded", "as many requests are waiting as can be served in time", retry_after_s=1),
     "loading": Kind(503, "unavailable", "the model is being loaded", retry_after_s=2),
     "warming": Kind(503, "unavailable", "the model is being warmed up", retry_after_s=2),
     "draining": Kind(503, "unavailable", "the server is shutting down", retry_after_s=5),
     "shutdown": Kind(503, "unavailable", "the server shut down before this request was done", retry_after_s=5),
     "failed": Kind(503, "unavailable", "the engine has failed and the server is about to exit", retry_after_s=10),
     "timeout": Kind(504, "timeout", "the request's time was over before its first token"),
+    "queue_timeout": Kind(504, "timeout", "no slot became free in the time that a request may wait", retry_after_s=5),
+    "stalled": Kind(499, "cancelled", "the client read too slowly; this request was ended"),
 }
 
 _CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed"}

@@ -6,15 +6,19 @@ The only module that both threads enter. Knows sequences and their events; has n
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 
 from service.engine.reports import Figures, StepReport
-from service.engine.sequence import Ended, Event, Sequence
+from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, Sequence
 from service.engine.thread import EngineThread
 from service.logs import log_event
 from service.metrics import Metrics
+
+LOOK_EVERY_S = 0.25
+SECOND_LOOK_AFTER_S = 1.0
 
 
 class Abandoned(Exception):
@@ -52,6 +56,7 @@ class TokenStream:
             raise Abandoned
         self._news.clear()
         events, self._events = self._events, []
+        self.sequence.num_taken += sum(isinstance(event, DrawnToken) for event in events)
         return events
 
 
@@ -85,10 +90,18 @@ class Exchange:
     def _deliver(self, report: StepReport, at: float) -> None:
         self._metrics.record_step(report)
         for sequence, events in report.events:
-            stream = self._streams[sequence]
+            stream = self._streams.get(sequence)
+            if stream is None:  # ended by ``end_all``, and its engine has come back after all
+                continue
             for event in events:
                 self._record(stream, event, at)
             stream.deliver(events)
+
+    def end_all(self) -> None:
+        """End every open stream as failed, for an engine that does so no more. On the event loop."""
+        now = time.monotonic()
+        lost = [(sequence, (_lost(sequence, now),)) for sequence in self._streams]
+        self._deliver(StepReport(tuple(lost)), now)
 
     def _record(self, stream: TokenStream, event: Event, at: float) -> None:
         if isinstance(event, Ended):
@@ -114,6 +127,35 @@ class Exchange:
             ttft_s=None if ended.ttft_s is None else round(ended.ttft_s, 4),
             total_s=round(ended.total_s, 4),
         )
+
+
+def _lost(sequence: Sequence, now: float) -> Ended:
+    """The end of a sequence whose engine cannot tell any more what it counted."""
+    return Ended(
+        reason=FinishReason.INTERNAL,
+        prompt_tokens=len(sequence.prompt_ids),
+        generated_tokens=len(sequence.token_ids),
+        routed_tokens=0,
+        expert_counts=(),
+        queue_s=(sequence.admitted_at or now) - sequence.created_at,
+        ttft_s=None if sequence.first_token_at is None else sequence.first_token_at - sequence.created_at,
+        total_s=now - sequence.created_at,
+    )
+
+
+async def watch(engine: EngineThread, exchange: Exchange, stuck_after_s: float) -> None:
+    """Looks after the engine until it is over; one that is dead or stuck is given up, and its streams end.
+
+    A step that seems stuck is looked at twice: after a pause of the whole process everything looks late for a moment.
+    """
+    suspected_at = math.inf
+    while not engine.is_over:
+        await asyncio.sleep(LOOK_EVERY_S)
+        is_stuck = engine.busy_s > stuck_after_s
+        suspected_at = min(suspected_at, time.monotonic()) if is_stuck else math.inf
+        if engine.has_died or time.monotonic() - suspected_at >= SECOND_LOOK_AFTER_S:
+            engine.give_up()
+            exchange.end_all()
 
 
 async def refresh_figures(engine: EngineThread, timeout_s: float) -> None:

@@ -24,10 +24,13 @@ SECONDS: Final = (
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 OUTCOME_OF_REASON: Final = {
+    FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
     FinishReason.EOS: "eos",
     FinishReason.TIMEOUT: "timeout",
+    FinishReason.QUEUE_TIMEOUT: "rejected_deadline",
     FinishReason.CANCELLED: "cancelled",
+    FinishReason.STALLED: "stalled",
     FinishReason.SHUTDOWN: "shutdown",
     FinishReason.INTERNAL: "error",
     FinishReason.NON_FINITE: "error",
@@ -35,6 +38,7 @@ OUTCOME_OF_REASON: Final = {
 # Refused while loading, draining or failed is an outcome of its own: it is nobody's mistake and no fault.
 OUTCOME_OF_TYPE: Final = {
     "invalid_request": "rejected_invalid",
+    "conflict": "rejected_invalid",
     "overloaded": "rejected_full",
     "unavailable": "rejected_unready",
     "cancelled": "cancelled",
@@ -161,6 +165,10 @@ class EngineCollector(Collector):
         if info is None:  # which device and which runner turns out while loading
             return
         yield GaugeMetricFamily("moescope_slots", "Requests that can run at the same time", value=info.num_slots)
+        invariant = float(info.row_multiple is not None)
+        yield GaugeMetricFamily(
+            "moescope_batch_invariant", "1 if a text's bits do not depend on its company", invariant
+        )
         labels = {**self._build, "device": info.device, "runner": info.runner, "torch": info.torch_version}
         build = GaugeMetricFamily("moescope_build_info", "What is running; always 1", labels=list(labels))
         build.add_metric(list(labels.values()), 1)

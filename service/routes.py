@@ -16,17 +16,18 @@ from service.exchange import refresh_figures
 from service.metrics import Metrics
 from service.schemas import (
     MAX_PROMPT_CHARACTERS,
+    BatchInvariance,
     DefaultsInfo,
     ErrorBody,
     GenerateAnswer,
-    GenerateBody,
     Health,
     Info,
     LimitsInfo,
     Versions,
+    generate_schema,
 )
 from service.settings import Settings
-from service.streaming import EventStream, TextDecoder, Transcript, collect, raise_if_refused, stream_events
+from service.streaming import EventStream, Transcript, collect, raise_if_refused, stream_events
 
 FIGURES_WAIT_S = 0.5
 ANSWERING = frozenset({EnginePhase.READY, EnginePhase.DRAINING})
@@ -62,7 +63,7 @@ class Routes:
             openapi_extra={
                 "requestBody": {
                     "required": True,
-                    "content": {"application/json": {"schema": GenerateBody.model_json_schema()}},
+                    "content": {"application/json": {"schema": generate_schema(self._admission.limits)}},
                 }
             },
         )
@@ -82,13 +83,13 @@ class Routes:
             raise
 
     async def _answer(self, request: Request, admitted: Admitted) -> Response:
-        transcript = Transcript(admitted.generation, TextDecoder(self._card.tokenizer))
+        transcript = Transcript(admitted.generation)
         stream = admitted.stream
         async with abandoned_on_disconnect(request, stream):
             first = await stream.next_events()
             raise_if_refused(first[0])
             if not admitted.body.stream:
-                with_tokens = admitted.body.return_routed_experts
+                with_tokens = admitted.body.tells_tokens
                 return JSONResponse(
                     await collect(admitted.generation, transcript, stream, first, with_tokens=with_tokens)
                 )
@@ -102,13 +103,20 @@ class Routes:
         return Info(
             model=self._card.describe(),
             vocabulary=self._card.tokenizer.tokens,
-            limits=LimitsInfo(prompt_characters=MAX_PROMPT_CHARACTERS, max_new_tokens=limits.max_new_tokens),
+            limits=LimitsInfo(
+                prompt_characters=MAX_PROMPT_CHARACTERS,
+                max_new_tokens=limits.max_new_tokens,
+                timeout_s=limits.timeout_s,
+            ),
             defaults=DefaultsInfo.model_validate(limits.defaults()),
             phase=self._engine.phase,
             device=engine and engine.device,
             threads=self._settings.threads,
             runner=engine and engine.runner,
             slots=engine.num_slots if engine else self._settings.slots,
+            batch_invariance=engine
+            and BatchInvariance(holds=engine.row_multiple is not None, row_multiple=engine.row_multiple),
+            fingerprint=engine and engine.fingerprint,
             checkpoint=self._card.fingerprint,
             versions=Versions(
                 moescope=self._version, torch=engine and engine.torch_version, python=platform.python_version()

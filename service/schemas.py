@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from model.config import ModelConfig
 from service.errors import ApiError
 
 MAX_PROMPT_CHARACTERS = 8192
 DEFAULT_NEW_TOKENS = 256
 MIN_TEMPERATURE = 0.01
+
+StopString = Annotated[str, Field(min_length=1, max_length=64)]
+LayerAndExpert = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,14 @@ class Limits:
     """What of the contract depends on the server: its settings and its model."""
 
     max_new_tokens: int
-    vocab_size: int
+    timeout_s: float
+    model: ModelConfig
+
+    def most(self, field: str) -> float:
+        """The largest value of a field whose limit is the server's."""
+        return {"max_new_tokens": self.max_new_tokens, "top_k": self.model.vocab_size, "timeout_s": self.timeout_s}[
+            field
+        ]
 
     @property
     def default_new_tokens(self) -> int:
@@ -28,7 +41,7 @@ class Limits:
 
     def defaults(self) -> dict[str, Any]:
         """What an absent field means, for those fields that a reader may want to show."""
-        names = ("temperature", "top_k", "top_p")
+        names = ("temperature", "top_k", "top_p", "min_p")
         fields = {name: GenerateBody.model_fields[name].default for name in names}
         return {"max_new_tokens": self.default_new_tokens, **fields}
 
@@ -45,7 +58,22 @@ class GenerateBody(BaseModel):
     top_p: float = Field(
         1.0, gt=0, le=1, description="draw from the likeliest tokens that hold this share of probability"
     )
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="draw from the tokens at least this many times as likely as the likeliest"
+    )
     seed: int | None = Field(None, ge=0, le=2**63 - 1, description="fixes every draw; chosen below 2^32 when absent")
+    stop: list[StopString] = Field(
+        [], max_length=4, description="the text ends before the first of these strings, which is not part of it"
+    )
+    logprobs: int | None = Field(
+        None, ge=0, le=10, description="tell each token's log probability, and those of so many likeliest ones"
+    )
+    disabled_experts: list[LayerAndExpert] = Field(
+        [], max_length=65_536, description="[layer, expert] pairs that this request does without"
+    )
+    timeout_s: float | None = Field(
+        None, ge=0.1, description="longest life of this request in seconds; the server sets a limit, its default"
+    )
     stream: bool = Field(True, description="server-sent events as they come, or one JSON body at the end")
     return_routed_experts: bool = Field(False, description="which experts each token was drawn with, and their weights")
     unknown_characters: Literal["refuse", "fold"] = Field(
@@ -60,15 +88,41 @@ class GenerateBody(BaseModel):
             raise PydanticCustomError("out_of_range", "must be 0 or between 0.01 and 2")
         return value
 
-    @field_validator("max_new_tokens", "top_k")
+    @field_validator("max_new_tokens", "top_k", "timeout_s")
     @classmethod
-    def _within_server_limit(cls, value: int, info: ValidationInfo) -> int:
+    def _within_server_limit(cls, value: float | None, info: ValidationInfo) -> float | None:
+        limits, field = info.context, info.field_name
+        assert isinstance(limits, Limits)
+        assert field is not None
+        if value is not None and value > limits.most(field):
+            raise PydanticCustomError("out_of_range", "must be at most {most:g}", {"most": limits.most(field)})
+        return value
+
+    @field_validator("disabled_experts")
+    @classmethod
+    def _leaves_enough(cls, value: list[LayerAndExpert], info: ValidationInfo) -> list[LayerAndExpert]:
         limits = info.context
         assert isinstance(limits, Limits)
-        most = limits.max_new_tokens if info.field_name == "max_new_tokens" else limits.vocab_size
-        if value > most:
-            raise PydanticCustomError("out_of_range", "must be at most {most}", {"most": most})
+        layers, experts = limits.model.num_layers, limits.model.num_experts
+        if not all(layer < layers and expert < experts for layer, expert in value):
+            raise PydanticCustomError(
+                "out_of_range",
+                "must hold [layer, expert] pairs below [{layers}, {experts}]",
+                {"layers": layers, "experts": experts},
+            )
+        gone = Counter(layer for layer, _ in {(layer, expert) for layer, expert in value})
+        if experts - max(gone.values(), default=0) < limits.model.experts_per_token:
+            raise PydanticCustomError(
+                "out_of_range",
+                "must leave at least {least} experts in every layer",
+                {"least": limits.model.experts_per_token},
+            )
         return value
+
+    @property
+    def tells_tokens(self) -> bool:
+        """An answer that does not stream has a list of its tokens."""
+        return self.return_routed_experts or self.logprobs is not None
 
     def params(self) -> dict[str, Any]:
         """How the text is made, as the answer repeats it; with the prompt and the seed it makes the same text again."""
@@ -85,10 +139,27 @@ def parse_generate(raw: dict[str, Any], limits: Limits) -> GenerateBody:
         raise _refusal(error) from None
 
 
+def generate_schema(limits: Limits) -> dict[str, Any]:
+    """The body as JSON Schema, with this server's limits; null is as good as absent where there is a default."""
+    schema = GenerateBody.model_json_schema()
+    for name, field in schema["properties"].items():
+        if name in ("max_new_tokens", "top_k"):
+            field["maximum"] = limits.most(name)
+        if name not in schema["required"] and "anyOf" not in field:
+            described = {key: field.pop(key) for key in ("default", "description", "title") if key in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **described}
+    schema["properties"]["max_new_tokens"]["default"] = limits.default_new_tokens
+    schema["properties"]["timeout_s"]["anyOf"][0]["maximum"] = limits.timeout_s
+    return schema
+
+
 _CODES = {
     "extra_forbidden": "unknown_field",
     "missing": "missing_field",
-    "string_too_long": "prompt_too_long",
+    "string_too_long": "out_of_range",
+    "string_too_short": "out_of_range",
+    "too_long": "out_of_range",
+    "too_short": "out_of_range",
     "string_unicode": "invalid_unicode",
     "finite_number": "not_finite",
     "greater_than": "out_of_range",
@@ -108,7 +179,9 @@ def _refusal(error: ValidationError) -> ApiError:
     param = str(first["loc"][0]) if first["loc"] else None  # a name that is no Unicode has no place of its own
     if code in ("missing_field", "invalid_unicode"):
         return ApiError(code, param=param)
-    reason = first["msg"].replace("Input should", "must").replace("String should", "must")
+    reason = re.sub("^(Input|String|List) should", "must", first["msg"])
+    if first["type"] == "string_too_long" and param == "prompt":
+        code = "prompt_too_long"
     return ApiError(code, f"{param} {reason}", param=param)
 
 
@@ -151,12 +224,20 @@ class Routing(BaseModel):
     counts: list[list[int]]
 
 
+class Alternative(BaseModel):
+    token_id: int
+    text: str
+    logprob: float
+
+
 class TokenBody(BaseModel):
     index: int
     text: str
     token_id: int
-    routed_experts: list[list[int]]
-    expert_weights: list[list[float]]
+    logprob: float | None = None
+    top_logprobs: list[Alternative] | None = None
+    routed_experts: list[list[int]] | None = None
+    expert_weights: list[list[float]] | None = None
 
 
 class GenerateAnswer(BaseModel):
@@ -164,7 +245,7 @@ class GenerateAnswer(BaseModel):
 
     id: str
     model: str
-    finish_reason: Literal["length", "eos", "timeout"]
+    finish_reason: Literal["stop", "length", "eos", "timeout"]
     text: str
     usage: Usage
     timings: Timings
@@ -191,6 +272,7 @@ class ModelInfo(BaseModel):
 class LimitsInfo(BaseModel):
     prompt_characters: int
     max_new_tokens: int
+    timeout_s: float
 
 
 class DefaultsInfo(BaseModel):
@@ -198,6 +280,15 @@ class DefaultsInfo(BaseModel):
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
+
+
+class BatchInvariance(BaseModel):
+    """What the start-up probe found: whether a text is bitwise the same in any company, and in how many rows at a time
+    it is computed for that."""
+
+    holds: bool
+    row_multiple: int | None
 
 
 class Versions(BaseModel):
@@ -218,6 +309,8 @@ class Info(BaseModel):
     threads: int
     runner: str | None
     slots: int | None
+    batch_invariance: BatchInvariance | None
+    fingerprint: str | None
     checkpoint: str
     versions: Versions
 

@@ -24,6 +24,7 @@ from service.middleware import COMMON_HEADERS
 EXIT_REFUSED: Final = 1
 EXIT_FAILED: Final = 70
 FLUSH_S: Final = 5.0
+FAILED_FOR_S: Final = 1.0
 STARTING: Final = frozenset({EnginePhase.LOADING, EnginePhase.WARMING})
 
 
@@ -75,10 +76,6 @@ class Server(uvicorn.Server):
             os._exit(0)  # nobody is being served, and loading cannot be interrupted any other way
         self._engine.drain()
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._engine_end = asyncio.create_task(asyncio.to_thread(self._engine.join))
-
     async def main_loop(self) -> None:
         try:
             await super().main_loop()
@@ -89,8 +86,14 @@ class Server(uvicorn.Server):
         if self._engine.phase is EnginePhase.READY and not self._is_announced:
             self._is_announced = True
             announce(self._listener)
-        self.should_exit = self.should_exit or self._engine_end.done()
+        self.should_exit = self.should_exit or self._is_done()
         return await super().on_tick(counter)
+
+    def _is_done(self) -> bool:
+        """The engine is over; one that failed while serving is outlived for a moment, in which probes can say so."""
+        if self._engine.phase is EnginePhase.FAILED and self._engine.info is not None:
+            return self._engine.phase_elapsed_s >= FAILED_FOR_S
+        return self._engine.is_over
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(FLUSH_S, self._cut_connections)
@@ -111,7 +114,9 @@ def serve(app: FastAPI, listener: socket.socket) -> int:
         print(f"moescope: {engine.failure}", file=sys.stderr)  # it never ran: a refusal like those before it
         return EXIT_REFUSED
     log_event("ended")
-    return EXIT_FAILED if engine.phase is EnginePhase.FAILED else 0
+    if engine.phase is EnginePhase.FAILED:
+        os._exit(EXIT_FAILED)  # its thread may be stuck where Python's own way out would wait for it, or crash
+    return 0
 
 
 def announce(listener: socket.socket) -> None:

@@ -45,6 +45,9 @@ class Settings(BaseSettings):
     )
     kv_memory_mib: int = Field(1024, ge=1, description="most memory that the slots' caches may take, in MiB")
     queue: int = Field(256, ge=0, description="requests that may wait for a slot; the next one gets a 429")
+    queue_timeout_s: float = Field(
+        30, gt=0, le=86_400, allow_inf_nan=False, description="longest wait for a slot, in seconds; then a 504"
+    )
     request_timeout_s: float = Field(
         300, gt=0, le=86_400, allow_inf_nan=False, description="longest life of a request, in seconds"
     )
@@ -56,6 +59,13 @@ class Settings(BaseSettings):
         le=86_400,
         allow_inf_nan=False,
         description="time for running requests to finish at shutdown, in seconds",
+    )
+    stuck_after_s: float = Field(
+        30,
+        ge=1,
+        le=86_400,
+        allow_inf_nan=False,
+        description="a step that takes longer is a failure, in seconds; the process then ends with code 70",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,13 +11,14 @@ from typing import Any, Final
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from model.tokenizer import Tokenizer
 from service.engine.sequence import DrawnToken, Ended, Event, FinishReason
 from service.errors import ApiError
 from service.exchange import TokenStream
 
 PING_S: Final = 15.0
 PING: Final = b": ping\n\n"
+MOST_BYTES: Final = 65_536
+"""A write's size, about: what a reader leaves lying is held in memory."""
 SSE_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 _ERROR_OF_REASON: Final = {
@@ -24,13 +26,15 @@ _ERROR_OF_REASON: Final = {
     FinishReason.INTERNAL: "internal",
     FinishReason.NON_FINITE: "non_finite",
     FinishReason.CANCELLED: "client_closed",
+    FinishReason.STALLED: "stalled",
+    FinishReason.QUEUE_TIMEOUT: "queue_timeout",
 }
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What an answer says of its request, whatever comes of it."""
+    """What an answer says of its request, whatever comes of it. Tokens up to last_index are with the client already."""
 
     id: str
     model: str
@@ -38,34 +42,32 @@ class Generation:
     params: dict[str, Any]
     num_prompt_tokens: int
     prompt_used: str | None
+    token_texts: list[str]
+    fingerprint: str
+    last_index: int = -1
 
     def head(self) -> dict[str, Any]:
         folded = {} if self.prompt_used is None else {"prompt_used": self.prompt_used}
         return {"id": self.id, "model": self.model, "seed": self.seed, "params": self.params, **folded}
 
 
-class TextDecoder:
-    """Token ids to text, one at a time. The place for ids that are only part of a character, should there be any."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._texts = tokenizer.tokens
-
-    def push(self, token_id: int) -> str:
-        return self._texts[token_id]
-
-
 class Transcript:
     """One answer as it grows: its text so far, and every event in the words of the wire."""
 
-    def __init__(self, generation: Generation, decoder: TextDecoder) -> None:
+    def __init__(self, generation: Generation) -> None:
         self._generation = generation
-        self._decoder = decoder
+        self._last_index = generation.last_index
         self._pieces: list[str] = []
 
     def token(self, drawn: DrawnToken) -> dict[str, Any]:
-        text = self._decoder.push(drawn.token_id)
-        self._pieces.append(text)
-        body: dict[str, Any] = {"index": drawn.index, "text": text, "token_id": drawn.token_id}
+        self._pieces.append(drawn.text)
+        body: dict[str, Any] = {"index": drawn.index, "text": drawn.text, "token_id": drawn.token_id}
+        if drawn.top_logprobs is not None:
+            body["logprob"] = drawn.logprob
+            body["top_logprobs"] = [
+                {"token_id": token_id, "text": self._generation.token_texts[token_id], "logprob": logprob}
+                for token_id, logprob in drawn.top_logprobs
+            ]
         if drawn.routed_experts is not None and drawn.expert_weights is not None:
             body["routed_experts"] = drawn.routed_experts
             body["expert_weights"] = [[round(weight, 6) for weight in layer] for layer in drawn.expert_weights]
@@ -87,14 +89,23 @@ class Transcript:
 
     def start_event(self) -> bytes:
         usage = {"prompt_tokens": self._generation.num_prompt_tokens}
-        return sse("start", {**self._generation.head(), "usage": usage})
+        return self._sse("start", {**self._generation.head(), "usage": usage})
 
     def event(self, event: Event) -> bytes:
+        """Its bytes on the wire; none for a token that the client had from another stream."""
         if isinstance(event, DrawnToken):
-            return sse("token", self.token(event))
+            body = self.token(event)
+            if event.index <= self._generation.last_index:
+                return b""
+            self._last_index = event.index
+            return self._sse("token", body)
         if (error := error_of(event)) is None:
-            return sse("done", self.done(event))
-        return sse("error", {"error": error.describe(self._generation.id), "code": error.code})
+            return self._sse("done", self.done(event))
+        return self._sse("error", {"error": error.describe(self._generation.id), "code": error.code})
+
+    def _sse(self, event: str, data: dict[str, Any]) -> bytes:
+        """The id tells how far the text has come: any server with this fingerprint can go on from there."""
+        return sse(event, data, f"{self._generation.fingerprint}:{self._last_index}")
 
 
 def error_of(ended: Ended) -> ApiError | None:
@@ -109,19 +120,25 @@ def raise_if_refused(first: Event) -> None:
         raise error_of(first) or ApiError("timeout")
 
 
-def sse(event: str, data: dict[str, Any]) -> bytes:
-    return f"event: {event}\ndata: {_encode(data)}\n\n".encode()
+def sse(event: str, data: dict[str, Any], event_id: str) -> bytes:
+    return f"id: {event_id}\nevent: {event}\ndata: {_encode(data)}\n\n".encode()
 
 
 async def stream_events(transcript: Transcript, stream: TokenStream, first: list[Event]) -> AsyncIterator[bytes]:
     """Everything that is ready leaves in one write: a slow client costs fewer writes, not a longer queue."""
-    chunk, events = transcript.start_event(), first
+    chunk, events, written_at = transcript.start_event(), first, time.monotonic()
     while True:
-        chunk += b"".join(map(transcript.event, events)) or PING
-        yield chunk
-        if isinstance(events[-1] if events else None, Ended):
+        for event in events:
+            chunk += transcript.event(event)
+            if len(chunk) >= MOST_BYTES:
+                yield chunk
+                chunk, written_at = b"", time.monotonic()
+        if chunk or time.monotonic() - written_at >= PING_S:
+            yield chunk or PING
+            chunk, written_at = b"", time.monotonic()
+        if events and isinstance(events[-1], Ended):
             return
-        chunk, events = b"", await stream.next_events(PING_S)
+        events = await stream.next_events(PING_S)
 
 
 async def collect(

@@ -1,6 +1,6 @@
 """Turns a plan into tensors. The only place where sequences meet arrays.
 
-Letters: B rows of a decode step padded to a multiple of 4, T rows of a prompt's chunk.
+Letters: B rows of a decode step, padding included, T rows of a prompt's chunk, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,17 @@ from service.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What only some requests ask for, and None where nobody does.
+
+    num_logprobs is the most alternatives that any row wants; disabled (B, L, E) of bool, with B = 1 for a prompt.
+    """
+
+    num_logprobs: int | None
+    disabled: Tensor | None
+
+
+@dataclass(frozen=True)
 class PrefillBatch:
     """A chunk of one prompt: ids (T,), of which num_tokens are real; draws after its last token if asked."""
 
@@ -26,6 +37,7 @@ class PrefillBatch:
     num_tokens: int
     draws: bool
     options: SamplingBatch
+    wishes: Wishes
 
 
 @dataclass(frozen=True)
@@ -37,52 +49,73 @@ class DecodeBatch:
     positions: Tensor
     num_tokens: int
     options: SamplingBatch
+    wishes: Wishes
 
 
 Batch = PrefillBatch | DecodeBatch
 
 
-def build_batch(plan: Plan, spare_slot: int, device: torch.device) -> Batch:
-    if isinstance(plan, PrefillPlan):
-        return _prefill(plan, device)
-    return _decode(plan, spare_slot, device)
+@dataclass(frozen=True)
+class Layout:
+    """What a batch has to fit: decode rows in multiples, padding in a slot of nobody's, layers by experts."""
+
+    device: torch.device
+    spare_slot: int
+    num_layers: int
+    num_experts: int
+    row_multiple: int = ROW_MULTIPLE
 
 
-def _prefill(plan: PrefillPlan, device: torch.device) -> PrefillBatch:
+def build_batch(plan: Plan, layout: Layout) -> Batch:
+    return _prefill(plan, layout) if isinstance(plan, PrefillPlan) else _decode(plan, layout)
+
+
+def _prefill(plan: PrefillPlan, layout: Layout) -> PrefillBatch:
     sequence = plan.sequence
     assert sequence.slot is not None
     ids = list(sequence.prompt_ids[plan.start : plan.start + plan.num_tokens])
     ids += [0] * (plan.num_rows - plan.num_tokens)
     return PrefillBatch(
-        ids=torch.tensor(ids, device=device),
+        ids=torch.tensor(ids, device=layout.device),
         slot=sequence.slot,
         start=plan.start,
         num_tokens=plan.num_tokens,
         draws=plan.completes_the_prompt,
-        options=_options([sequence], 0, device),
+        options=_options([sequence], 0, layout.device),
+        wishes=_wishes([sequence], 0, layout),
     )
 
 
-def _decode(plan: DecodePlan, spare_slot: int, device: torch.device) -> DecodeBatch:
-    sequences = plan.sequences
-    padding = -len(sequences) % ROW_MULTIPLE
+def _decode(plan: DecodePlan, layout: Layout) -> DecodeBatch:
+    sequences = list(plan.sequences)
+    padding = -len(sequences) % layout.row_multiple
     columns = (
         [sequence.token_ids[-1] for sequence in sequences] + [0] * padding,
-        [sequence.slot for sequence in sequences] + [spare_slot] * padding,
+        [sequence.slot for sequence in sequences] + [layout.spare_slot] * padding,
         [sequence.num_fed for sequence in sequences] + [0] * padding,
     )
-    ids, slots, positions = torch.tensor(columns, device=device)
-    return DecodeBatch(ids, slots, positions, len(sequences), _options(list(sequences), padding, device))
+    ids, slots, positions = torch.tensor(columns, device=layout.device)
+    options = _options(sequences, padding, layout.device)
+    return DecodeBatch(ids, slots, positions, len(sequences), options, _wishes(sequences, padding, layout))
+
+
+def _wishes(sequences: list[Sequence], padding: int, layout: Layout) -> Wishes:
+    wanted = [sequence.num_logprobs for sequence in sequences if sequence.num_logprobs is not None]
+    disabled = None
+    if any(sequence.params.disabled_experts for sequence in sequences):
+        shape = (len(sequences) + padding, layout.num_layers, layout.num_experts)
+        disabled = torch.zeros(shape, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            for layer, expert in sequence.params.disabled_experts:
+                disabled[row, layer, expert] = True
+        disabled = disabled.to(layout.device)
+    return Wishes(max(wanted, default=None), disabled)
 
 
 def _options(sequences: list[Sequence], padding: int, device: torch.device) -> SamplingBatch:
     params = [sequence.params for sequence in sequences]
-    reals = torch.tensor(
-        ([p.temperature for p in params] + [0.0] * padding, [p.top_p for p in params] + [1.0] * padding),
-        dtype=torch.float64,
-        device=device,
-    )
-    integers = torch.tensor(
-        ([p.top_k for p in params] + [0] * padding, [p.seed for p in params] + [0] * padding), device=device
-    )
-    return SamplingBatch(temperature=reals[0], top_p=reals[1], top_k=integers[0], seed=integers[1])
+    reals = [(p.temperature, p.top_p, p.min_p) for p in params] + [(0.0, 1.0, 0.0)] * padding
+    integers = [(p.top_k, p.seed) for p in params] + [(0, 0)] * padding
+    temperature, top_p, min_p = torch.tensor(reals, dtype=torch.float64, device=device).unbind(1)
+    top_k, seed = torch.tensor(integers, device=device).unbind(1)
+    return SamplingBatch(temperature, top_k, top_p, min_p, seed)

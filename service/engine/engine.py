@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
 
 import numpy as np
 
 from model.routing import WEIGHT_SCALE
 from service.engine.batch import build_batch
 from service.engine.counters import ExpertCounters
+from service.engine.drawn import Drawn, Rows, frozen
 from service.engine.reports import Delivery, Figures, StepReport
-from service.engine.runner import Drawn, Runner
+from service.engine.runner import Runner
 from service.engine.scheduler import Plan, PrefillPlan, Scheduler
 from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, Phase, Sequence
-
-T = TypeVar("T")
+from service.engine.stopping import release
 
 log = logging.getLogger(__name__)
+
+STALLED_AFTER_S = 15.0
 
 
 class Engine:
@@ -32,16 +33,12 @@ class Engine:
         counters: ExpertCounters,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._runner = runner
+        self.runner = runner
         self._scheduler = scheduler
         self._counters = counters
         self._clock = clock
         self._fed = dict.fromkeys(Phase, 0)
         self._generated = 0
-
-    @property
-    def runner(self) -> Runner:
-        return self._runner
 
     @property
     def num_slots(self) -> int:
@@ -63,6 +60,12 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._scheduler.num_running or self._scheduler.num_waiting)
 
+    @property
+    def is_held_up(self) -> bool:
+        """All who have a slot are paused, so that a step would do nothing until somebody reads or leaves."""
+        can_admit = self.num_waiting and self.num_free_slots
+        return self.num_running > 0 and not can_admit and all(one.is_paused for one in self._scheduler.running)
+
     def add(self, sequence: Sequence) -> None:
         self._scheduler.add(sequence)
 
@@ -73,20 +76,31 @@ class Engine:
         plan = self._scheduler.schedule()
         if plan is None:
             return StepReport(())
-        drawn = self._runner.run(build_batch(plan, self._runner.spare_slot, self._runner.device), steps=1)
+        drawn = self.runner.run(build_batch(plan, self.runner.layout), steps=1)
         events = self._advance(plan, drawn)
         return StepReport(events, plan.phase, self._clock() - started, len(plan.sequences))
 
     def expire(self) -> tuple[Delivery, ...]:
-        """End those whose time is up."""
+        """End those whose time is up, and those whose reader has not moved for too long."""
         now = self._clock()
-        expired = [sequence for sequence in self._scheduler.sequences if sequence.expires_at <= now]
-        return self.end(expired, FinishReason.TIMEOUT)
+        ends = [(sequence, self._overdue(sequence, now)) for sequence in self._scheduler.sequences]
+        return tuple((sequence, self._end(sequence, reason)) for sequence, reason in ends if reason)
+
+    def _overdue(self, sequence: Sequence, now: float) -> FinishReason | None:
+        if not sequence.is_paused:
+            sequence.paused_at = None
+        elif sequence.paused_at is None:
+            sequence.paused_at = now
+        elif now - sequence.paused_at >= STALLED_AFTER_S:
+            return FinishReason.STALLED
+        if now < sequence.expires_at:
+            return None
+        return FinishReason.QUEUE_TIMEOUT if sequence.admitted_at is None else FinishReason.TIMEOUT
 
     def end(self, sequences: Iterable[Sequence], reason: FinishReason) -> tuple[Delivery, ...]:
         """End sequences from outside. One that has ended already, or never was here, is left alone."""
         held = (sequence for sequence in sequences if self._scheduler.holds(sequence))
-        return tuple((sequence, (self._end(sequence, reason),)) for sequence in held)
+        return tuple((sequence, self._end(sequence, reason)) for sequence in held)
 
     def end_waiting(self, reason: FinishReason) -> tuple[Delivery, ...]:
         return self.end(self._scheduler.waiting, reason)
@@ -97,7 +111,7 @@ class Engine:
     def rebuild(self) -> None:
         """After a step that raised: nobody knows what it left behind, so the cache begins anew. The queue goes on."""
         assert not self._scheduler.num_running
-        self._runner.rebuild()
+        self.runner.rebuild()
 
     def forget_counts(self) -> None:
         """Drop what warm-up counted."""
@@ -134,56 +148,48 @@ class Engine:
         return self._deliver(plan.sequences, drawn) if drawn else ()
 
     def _deliver(self, sequences: tuple[Sequence, ...], drawn: Drawn) -> tuple[Delivery, ...]:
-        token_ids, is_finite = drawn.token_ids.tolist(), drawn.is_finite.tolist()
-        routed = any(sequence.return_routed_experts for sequence in sequences)
-        expert_ids = drawn.expert_ids.tolist() if routed else None
-        expert_weights = drawn.expert_weights.tolist() if routed else None
+        rows = Rows.of(drawn, sequences)
         deliveries: list[Delivery] = []
         for row, sequence in enumerate(sequences):
-            if not is_finite[row]:
-                deliveries.append((sequence, (self._end(sequence, FinishReason.NON_FINITE),)))
-                continue
-            ids, weights = (
-                (_frozen(expert_ids[row]), _frozen(expert_weights[row]))
-                if sequence.return_routed_experts and expert_ids and expert_weights
-                else (None, None)
-            )
-            deliveries.append((sequence, self._draw(sequence, token_ids[row], ids, weights)))
+            if rows.is_finite[row]:
+                events = self._draw(sequence, rows.token(row, sequence))
+            else:
+                events = self._end(sequence, FinishReason.NON_FINITE)
+            if events:  # none while a stop string may be beginning
+                deliveries.append((sequence, events))
         return tuple(deliveries)
 
-    def _draw(
-        self,
-        sequence: Sequence,
-        token_id: int,
-        expert_ids: tuple[tuple[int, ...], ...] | None,
-        expert_weights: tuple[tuple[float, ...], ...] | None,
-    ) -> tuple[Event, ...]:
+    def _draw(self, sequence: Sequence, token: DrawnToken) -> tuple[Event, ...]:
         if sequence.first_token_at is None:
             sequence.first_token_at = self._clock()
-        token = DrawnToken(len(sequence.token_ids), token_id, expert_ids, expert_weights)
-        sequence.token_ids.append(token_id)
+        sequence.token_ids.append(token.token_id)
         self._generated += 1
+        sequence.held.append(token)
+        told, has_stopped = release(sequence.held, sequence.params.stop)
+        if has_stopped:
+            return (*told, *self._end(sequence, FinishReason.STOP))
         if len(sequence.token_ids) == sequence.params.max_new_tokens:
-            return token, self._end(sequence, FinishReason.LENGTH)
-        return (token,)
+            return (*told, *self._end(sequence, FinishReason.LENGTH))
+        return tuple(told)
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> Ended:
-        """The one place where a sequence ends and its slot is given back."""
+    def _end(self, sequence: Sequence, reason: FinishReason) -> tuple[Event, ...]:
+        """The one place where a sequence ends and its slot is given back. What was held back is told."""
         assert not sequence.is_finished
         sequence.finish_reason = reason
         now = self._clock()
         counts = self._settle(sequence)
         self._scheduler.release(sequence)
-        return Ended(
+        ended = Ended(
             reason=reason,
             prompt_tokens=len(sequence.prompt_ids),
             generated_tokens=len(sequence.token_ids),
             routed_tokens=sequence.num_fed,
-            expert_counts=_frozen(counts),
+            expert_counts=frozen(counts),
             queue_s=(now if sequence.admitted_at is None else sequence.admitted_at) - sequence.created_at,
             ttft_s=None if sequence.first_token_at is None else sequence.first_token_at - sequence.created_at,
             total_s=now - sequence.created_at,
         )
+        return (*sequence.held, ended)
 
     def _settle(self, sequence: Sequence) -> list[list[int]]:
         """Take a sequence's counts (L, E), and leave nothing in its slot that could harm the next."""
@@ -191,14 +197,10 @@ class Engine:
             if sequence.slot is not None and (
                 sequence.finish_reason is FinishReason.NON_FINITE or not sequence.is_prefilled
             ):
-                self._runner.clear(sequence.slot)  # an unfinished prompt has not been looked at yet
+                self.runner.clear(sequence.slot)  # an unfinished prompt has not been looked at yet
             counts: list[list[int]] = self._counters.take(sequence.slot).tolist()
         except RuntimeError:
             # A device that has failed answers nothing more; whoever waits must hear of the end all the same.
             log.exception("the counts of a sequence are lost")
             return []
         return counts
-
-
-def _frozen(rows: list[list[T]]) -> tuple[tuple[T, ...], ...]:
-    return tuple(tuple(row) for row in rows)

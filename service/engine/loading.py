@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
     from model.config import ModelConfig
     from service.engine.engine import Engine
+    from service.engine.runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,8 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the engine is told. slots None is as many as fit, at most 64; prefill_chunk is a multiple of 16."""
+    """What the engine is told. slots None is as many as fit, at most 64; prefill_chunk is a multiple of 16; fault is
+    for tests."""
 
     checkpoint: Path
     device: str
@@ -32,6 +35,7 @@ class EngineOptions:
     slots: int | None
     kv_memory_mib: int
     prefill_chunk: int
+    fault: str | None = None
 
 
 def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -> tuple[Engine, EngineInfo]:
@@ -43,34 +47,58 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
 
     from model import checkpoint
     from model.kv_cache import KVCache
+    from service.engine.counters import ExpertCounters
+    from service.engine.engine import Engine
+    from service.engine.faults import FaultyRunner
+    from service.engine.probe import find_row_multiple
+    from service.engine.runner import TorchRunner
+    from service.engine.scheduler import Scheduler
 
     torch.set_num_threads(options.threads)  # of the thread that calls this
     device = _device(options.device)
     loaded = checkpoint.load(options.checkpoint, device)
     slots = _num_slots(options, loaded.config)
-    engine = _assemble(loaded, slots, options.prefill_chunk)
+    counters = ExpertCounters(loaded.config, slots, loaded.model.device)
+    runner = TorchRunner(loaded.model, slots, counters)
+    engine = Engine(runner, Scheduler(slots, options.prefill_chunk), counters)
+    enter(EnginePhase.WARMING)
+    row_multiple = find_row_multiple(runner, slots, loaded.config.vocab_size)
+    if row_multiple is None:
+        log.warning("on this machine the bits of a text depend on how many are written at the same time")
+    _prove(engine, loaded)
     info = EngineInfo(
         device=str(device),
         threads=torch.get_num_threads(),
-        runner=engine.runner.name,
+        runner=runner.name,
         num_slots=slots,
         torch_version=str(torch.__version__),
         cache_mib=(slots + 1) * KVCache.bytes_per_slot(loaded.config) / MIB,
+        row_multiple=row_multiple,
+        fingerprint=_fingerprint(loaded, options, runner, slots),
     )
-    enter(EnginePhase.WARMING)
-    _prove(engine, loaded)
     log.info("the model is on %s, %d threads, %d slots of %.0f MiB in all", device, info.threads, slots, info.cache_mib)
+    if options.fault:
+        engine.runner = FaultyRunner(runner, options.fault)
     return engine, info
 
 
-def _assemble(loaded: Checkpoint, slots: int, prefill_chunk: int) -> Engine:
-    from service.engine.counters import ExpertCounters
-    from service.engine.engine import Engine
-    from service.engine.runner import TorchRunner
-    from service.engine.scheduler import Scheduler
+def _fingerprint(loaded: Checkpoint, options: EngineOptions, runner: Runner, slots: int) -> str:
+    """12 hex digits of all that decides a bit of a text: two processes with the same ones write the same."""
+    import torch
 
-    counters = ExpertCounters(loaded.config, slots, loaded.model.device)
-    return Engine(TorchRunner(loaded.model, slots, counters), Scheduler(slots, prefill_chunk), counters)
+    device = loaded.model.device
+    facts = (
+        loaded.manifest.fingerprint,
+        runner.name,
+        runner.layout.row_multiple,
+        device.type,
+        torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        torch.__version__,
+        torch.get_num_threads(),
+        options.prefill_chunk,
+        slots if device.type == "cuda" else None,
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 def _device(name: str) -> str:

@@ -1,12 +1,12 @@
 """Runs the model over a batch and draws: the seam behind which a faster way of doing the same can stand.
 
-Letters: B rows, L layers, K experts per token, C channels, V vocabulary.
+Letters: B rows, L layers, K experts per token, C channels, V vocabulary, A alternatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,29 +14,25 @@ from torch import Tensor
 
 from model.kv_cache import KVCache
 from model.router import Routing
-from model.sampling import SamplingBatch, draw
+from model.sampling import draw, log_probabilities
 from model.transformer import Transformer
-from service.engine.batch import Batch, DecodeBatch, PrefillBatch
+from service.engine.batch import Batch, DecodeBatch, Layout, PrefillBatch
 from service.engine.counters import ExpertCounters
+from service.engine.drawn import Drawn
 from service.engine.sequence import Phase
 
-
-@dataclass(frozen=True)
-class Drawn:
-    """What a step drew, row by row: token_ids, is_finite (B,) and the routing they were drawn from, both (B, L, K)."""
-
-    token_ids: Tensor
-    is_finite: Tensor
-    expert_ids: Tensor
-    expert_weights: Tensor
+MOST_GROUP_ROWS = 16
+"""Padding every expert's group to a full house would multiply the work by the number of experts."""
 
 
 class Runner(Protocol):
     """Forwards a batch, counts its experts and draws. Padding is neither counted nor returned."""
 
     name: str
-    spare_slot: int
-    device: torch.device
+
+    @property
+    def layout(self) -> Layout:
+        """What batches have to fit."""
 
     def run(self, batch: Batch, steps: int) -> Drawn | None:
         """None after a chunk that does not end its prompt."""
@@ -47,6 +43,9 @@ class Runner(Protocol):
     def rebuild(self) -> None:
         """Begin with an empty cache, after a failure of unknown reach."""
 
+    def pad_rows_to(self, multiple: int) -> None:
+        """Compute in so many rows at a time: which multiples make a row's bits its own depends on the machine."""
+
 
 class TorchRunner:
     """The plain path: eager torch on any device, one step a call."""
@@ -56,8 +55,9 @@ class TorchRunner:
     def __init__(self, model: Transformer, num_slots: int, counters: ExpertCounters) -> None:
         self._model = model
         self._counters = counters
-        self.spare_slot = num_slots  # one slot more than are given out, for the rows of padding
-        self.device = model.device
+        self._device = model.device
+        # One slot more than are given out, for the rows of padding.
+        self.layout = Layout(model.device, num_slots, model.config.num_layers, model.config.num_experts)
         self.rebuild()
 
     @torch.inference_mode()
@@ -66,43 +66,52 @@ class TorchRunner:
         return self._prefill(batch) if isinstance(batch, PrefillBatch) else self._decode(batch)
 
     def clear(self, slot: int) -> None:
-        self._cache.clear(slot)
+        self.cache.clear(slot)
 
     def rebuild(self) -> None:
-        self._cache = KVCache(self._model.config, self.spare_slot + 1, self.device)
+        self.cache = KVCache(self._model.config, self.layout.spare_slot + 1, self._device)
+
+    def pad_rows_to(self, multiple: int) -> None:
+        self._model.pad_rows_to(min(multiple, MOST_GROUP_ROWS))
+        self.layout = replace(self.layout, row_multiple=multiple)
 
     def _prefill(self, batch: PrefillBatch) -> Drawn | None:
         num_rows, num_tokens = len(batch.ids), batch.num_tokens
-        positions = torch.arange(batch.start, batch.start + num_rows, device=self.device)
-        view = self._cache.prefill(batch.slot, batch.start, num_tokens, num_rows)
-        hidden, routings = self._model.hidden(batch.ids[None], positions[None], view.layer)
+        positions = torch.arange(batch.start, batch.start + num_rows, device=self._device)
+        view = self.cache.prefill(batch.slot, batch.start, num_tokens, num_rows)
+        hidden, routings = self._model.hidden(batch.ids[None], positions[None], view.layer, batch.wishes.disabled)
         real = [_rows(routing, slice(0, num_tokens)) for routing in routings]
         drawn = None
         if batch.draws:
             last = slice(num_tokens - 1, num_tokens)
             routed = [_rows(routing, last) for routing in real]
-            drawn = self._draw(hidden[0, last], batch.options, positions[last] + 1, routed, 1)
+            drawn = self._draw(hidden[0, last], batch, positions[last] + 1, routed, 1)
         # Counted last, because a step that raises has fed nothing.
-        self._counters.add(Phase.PREFILL, torch.full((num_tokens,), batch.slot, device=self.device), real)
+        self._counters.add(Phase.PREFILL, torch.full((num_tokens,), batch.slot, device=self._device), real)
         return drawn
 
     def _decode(self, batch: DecodeBatch) -> Drawn:
-        view = self._cache.decode(batch.slots, batch.positions)
-        hidden, routings = self._model.hidden(batch.ids[:, None], batch.positions[:, None], view.layer)
-        drawn = self._draw(hidden[:, 0], batch.options, batch.positions + 1, routings, batch.num_tokens)
+        view = self.cache.decode(batch.slots, batch.positions)
+        ids, positions = batch.ids[:, None], batch.positions[:, None]
+        hidden, routings = self._model.hidden(ids, positions, view.layer, batch.wishes.disabled)
+        drawn = self._draw(hidden[:, 0], batch, batch.positions + 1, routings, batch.num_tokens)
         self._counters.add(Phase.DECODE, batch.slots, routings)
         return drawn
 
     def _draw(
-        self, hidden: Tensor, options: SamplingBatch, positions: Tensor, routings: Sequence[Routing], num_rows: int
+        self, hidden: Tensor, batch: Batch, positions: Tensor, routings: Sequence[Routing], num_rows: int
     ) -> Drawn:
         """hidden (B, C), positions (B,) of the tokens to draw; only the first num_rows rows are somebody's."""
         logits = self._model.head(hidden)
+        token_ids = draw(logits, batch.options, positions)
+        wanted = batch.wishes.num_logprobs
+        logprobs = None if wanted is None else log_probabilities(logits, token_ids, wanted)
         return Drawn(
-            token_ids=draw(logits, options, positions)[:num_rows],
+            token_ids=token_ids[:num_rows],
             is_finite=logits.isfinite().all(dim=-1)[:num_rows],
             expert_ids=torch.stack([routing.expert_ids[:num_rows] for routing in routings], dim=1),
             expert_weights=torch.stack([routing.expert_weights[:num_rows] for routing in routings], dim=1),
+            logprobs=logprobs,
         )
 
 

@@ -92,9 +92,12 @@ class Scheduler:
             self._running.append(sequence)
 
     def schedule(self) -> Plan | None:
-        """The next step: one chunk of the oldest unread prompt, or one token for everybody else, in turn."""
+        """The next step: one chunk of the oldest unread prompt, or one token for everybody else, in turn.
+
+        A paused sequence keeps its slot and is passed over. None when there is nobody else.
+        """
         prompt = next((sequence for sequence in self._running if not sequence.is_prefilled), None)
-        decoding = tuple(sequence for sequence in self._running if sequence.is_prefilled)
+        decoding = tuple(each for each in self._running if each.is_prefilled and not each.is_paused)
         if prompt and (not decoding or self._last_phase is Phase.DECODE):
             self._last_phase = Phase.PREFILL
             return self._chunk(prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -20,32 +21,49 @@ class Phase(StrEnum):
 class FinishReason(StrEnum):
     """Why a sequence ended. The values are the words on the wire and in the metrics."""
 
+    STOP = "stop"
     LENGTH = "length"
     EOS = "eos"
     TIMEOUT = "timeout"
+    QUEUE_TIMEOUT = "queue_timeout"
     CANCELLED = "cancelled"
+    STALLED = "stalled"
     SHUTDOWN = "shutdown"
     INTERNAL = "internal"
     NON_FINITE = "non_finite"
 
 
+BY_ITSELF = frozenset({FinishReason.STOP, FinishReason.LENGTH, FinishReason.EOS})
+"""A sequence that was left alone ends for one of these."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 are off. The seed fixes every draw."""
+    """How tokens are drawn and when to stop. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
+
+    The seed fixes every draw. ``disabled_experts`` are (layer, expert) that this sequence does without.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
+    stop: tuple[str, ...] = ()
+    disabled_experts: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class DrawnToken:
-    """One drawn token. The routing is that of the position it was drawn from: [layer][experts_per_token]."""
+    """One drawn token and what of the text it adds. The routing is that of the position it was drawn from:
+    [layer][experts_per_token]. Logarithms are natural and of the raw distribution."""
 
     index: int
     token_id: int
+    text: str
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] | None = None
     routed_experts: ExpertsPerLayer | None = None
     expert_weights: WeightsPerLayer | None = None
 
@@ -72,20 +90,29 @@ class Sequence:
     """A prompt and what has become of it. Compared by identity: two equal requests are two sequences.
 
     num_prefilled counts the prompt's ids that the model has read, num_fed all that it has read: drawn ones too.
+    num_taken is written by whoever reads the events, and read by the engine: with more than max_unread tokens that
+    nobody has taken, the sequence is paused.
     """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     return_routed_experts: bool = False
     deadline_s: float = 300.0
+    queue_deadline_s: float = 300.0
+    num_logprobs: int | None = None
+    max_unread: int | None = None
+    spell: Callable[[int], str] = field(default=lambda token_id: "", repr=False)
 
     created_at: float = field(default_factory=time.monotonic)
     admitted_at: float | None = None
     first_token_at: float | None = None
+    paused_at: float | None = None
     slot: int | None = None
     num_prefilled: int = 0
     num_fed: int = 0
+    num_taken: int = 0
     token_ids: list[int] = field(default_factory=list)
+    held: list[DrawnToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -101,5 +128,11 @@ class Sequence:
         return self.num_prefilled == len(self.prompt_ids)
 
     @property
+    def is_paused(self) -> bool:
+        return self.max_unread is not None and len(self.token_ids) - self.num_taken >= self.max_unread
+
+    @property
     def expires_at(self) -> float:
-        return self.created_at + self.deadline_s
+        """When its time is over; sooner while it waits for a slot."""
+        is_waiting = self.admitted_at is None
+        return self.created_at + (min(self.deadline_s, self.queue_deadline_s) if is_waiting else self.deadline_s)

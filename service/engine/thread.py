@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from model.checkpoint import CheckpointError
 from service.engine.reports import Figures, StepReport
-from service.engine.sequence import Ended, FinishReason, Sequence
+from service.engine.sequence import BY_ITSELF, Ended, FinishReason, Sequence
 
 if TYPE_CHECKING:
     from service.engine.engine import Engine
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RAISING_STEPS_BEFORE_FAILURE = 3
+HELD_UP_LOOK_S = 0.02
+SAFE_SHARE_OF_QUEUE_TIME = 0.8
+"""Who would probably wait longer than this share of the longest wait is refused at the door, not when it is over."""
 
 
 class EnginePhase(StrEnum):
@@ -33,11 +38,10 @@ class EnginePhase(StrEnum):
 
 
 class QueueFull(Exception):
-    """No place is left in the queue; trying again after retry_after_s seconds is sensible."""
+    """The queue has no place, or moves too slowly; trying again after retry_after_s seconds is sensible."""
 
-    def __init__(self, limit: int, retry_after_s: int) -> None:
-        super().__init__(f"{limit} requests are waiting already")
-        self.limit = limit
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(f"try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
 
 
@@ -55,7 +59,8 @@ class NotServing(Exception):
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What a ready engine runs on."""
+    """What a ready engine runs on. row_multiple is None where texts depend on how many are written at a time;
+    processes with one fingerprint write the same text."""
 
     device: str
     threads: int
@@ -63,6 +68,8 @@ class EngineInfo:
     num_slots: int
     torch_version: str
     cache_mib: float
+    row_multiple: int | None
+    fingerprint: str
 
 
 Build = Callable[[Callable[[EnginePhase], None]], "tuple[Engine, EngineInfo]"]
@@ -72,11 +79,20 @@ Build = Callable[[Callable[[EnginePhase], None]], "tuple[Engine, EngineInfo]"]
 class EngineThread:
     """Runs an engine until it is drained. ``publish`` is called here after every step that brought anything."""
 
-    def __init__(self, build: Build, publish: Callable[[StepReport], None], *, max_queued: int, grace_s: float) -> None:
+    def __init__(
+        self,
+        build: Build,
+        publish: Callable[[StepReport], None],
+        *,
+        max_queued: int,
+        grace_s: float,
+        queue_timeout_s: float = 30.0,
+    ) -> None:
         self._build = build
         self._publish = publish
         self._max_queued = max_queued
         self._grace_s = grace_s
+        self._queue_timeout_s = queue_timeout_s
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._mail = threading.Condition()
         self._arrived: list[Sequence] = []
@@ -87,7 +103,9 @@ class EngineThread:
         self._phase_since = time.monotonic()
         self._draining_since: float | None = None
         self._has_ended = False
-        self._ended_lately: list[float] = []
+        self._has_drained = False
+        self._busy_since: float | None = None
+        self._service_times: deque[float] = deque(maxlen=32)
         self.failure: str | None = None
         self.info: EngineInfo | None = None
         self.last_figures: Figures | None = None
@@ -99,6 +117,11 @@ class EngineThread:
     @property
     def phase_elapsed_s(self) -> float:
         return time.monotonic() - self._phase_since
+
+    @property
+    def is_over(self) -> bool:
+        """It has drained or failed and will not do anything again."""
+        return self._has_drained or self._phase is EnginePhase.FAILED
 
     def start(self) -> None:
         self._thread.start()
@@ -112,8 +135,9 @@ class EngineThread:
             if self._phase is not EnginePhase.READY or self._engine is None:
                 raise NotServing(self._phase)
             waiting = len(self._arrived) + self._engine.num_waiting - self._engine.num_free_slots
-            if waiting >= self._max_queued:
-                raise QueueFull(self._max_queued, self._retry_after_s())
+            wait_s = self._expected_wait_s(waiting, self._engine.num_slots)
+            if waiting >= self._max_queued or wait_s > SAFE_SHARE_OF_QUEUE_TIME * self._queue_timeout_s:
+                raise QueueFull(min(60, max(1, math.ceil(wait_s))))
             self._arrived.append(sequence)
             self._mail.notify()
 
@@ -144,6 +168,23 @@ class EngineThread:
                 self._enter(EnginePhase.DRAINING)
             self._mail.notify()
 
+    @property
+    def has_died(self) -> bool:
+        """Its thread ended without a word, and cannot say so itself any more."""
+        return self._has_ended and not self.is_over
+
+    @property
+    def busy_s(self) -> float:
+        """For how long it has not come back from a step; 0 while it has nothing to do."""
+        busy_since = self._busy_since  # read once: it changes on another thread
+        return 0.0 if busy_since is None else time.monotonic() - busy_since
+
+    def give_up(self) -> None:
+        """Declare it failed from outside. Should the thread ever come back, it ends without another word."""
+        self.failure = "the engine's thread has died" if self._has_ended else f"a step takes {self.busy_s:.1f} s"
+        log.error("the engine is given up: %s", self.failure)
+        self._enter(EnginePhase.FAILED)
+
     def _run(self) -> None:
         try:
             engine, self.info = self._build(self._enter)
@@ -151,6 +192,7 @@ class EngineThread:
             self._engine = engine
             self._enter(EnginePhase.READY)
             self._serve(engine)
+            self._has_drained = True
         except Exception as error:
             self._fail(error)
         finally:
@@ -180,8 +222,12 @@ class EngineThread:
     def _read_mail(self, engine: Engine) -> bool:
         """Sleep until there is something to do and take in what has arrived. True when drained: all have ended."""
         with self._mail:
+            self._busy_since = None
             while not (self._arrived or self._cancelled or self._asked or engine.has_work or self._draining_since):
                 self._mail.wait()
+            if engine.is_held_up and not (self._arrived or self._cancelled or self._asked):
+                self._mail.wait(HELD_UP_LOOK_S)
+            self._busy_since = time.monotonic()
             for sequence in self._arrived:
                 engine.add(sequence)
             cancelled, asked, draining_since = self._cancelled, self._asked, self._draining_since
@@ -192,7 +238,8 @@ class EngineThread:
         if asked or (draining_since is not None and not engine.has_work):
             self.last_figures = engine.figures()
         self._answer(asked)
-        return draining_since is not None and not engine.has_work
+        is_drained = draining_since is not None and not engine.has_work
+        return is_drained or self._phase is EnginePhase.FAILED
 
     def _end_for_shutdown(self, engine: Engine, since: float) -> None:
         self._deliver(StepReport(engine.end_waiting(FinishReason.SHUTDOWN)))
@@ -210,19 +257,25 @@ class EngineThread:
     def _deliver(self, report: StepReport) -> None:
         if not report.events and not report.phase:
             return
-        ended = sum(sequence.is_finished for sequence, _ in report.events)
-        self._ended_lately = [*self._ended_lately, *[time.monotonic()] * ended][-32:]
+        self._service_times.extend(
+            last.total_s - last.queue_s
+            for sequence, (*_, last) in report.events
+            if isinstance(last, Ended) and sequence.admitted_at is not None
+        )
         try:
             self._publish(report)
         except Exception:  # the step itself was good, and its other sequences go on
             log.exception("a step could not be published")
 
-    def _retry_after_s(self) -> int:
-        """Seconds until the queue has probably moved on by one, from how fast sequences have ended lately."""
-        if len(self._ended_lately) < 2:
-            return 1
-        rate = len(self._ended_lately) / max(time.monotonic() - self._ended_lately[0], 1e-3)
-        return min(60, max(1, round(1 / rate)))
+    def _expected_wait_s(self, waiting: int, num_slots: int) -> float:
+        """How long one more would wait behind so many, from how long sequences have kept their slots lately.
+
+        Little's law: slots over mean time in a slot is the rate at which the queue moves, idle times or not.
+        """
+        times = list(self._service_times)
+        if waiting < 0 or not times:
+            return 0.0
+        return (waiting + 1) * sum(times) / len(times) / num_slots
 
     def _fail(self, error: Exception) -> None:
         is_refusal = isinstance(error, CannotServe | CheckpointError)  # a sentence for the user; whoever waits reads it
@@ -247,4 +300,4 @@ class EngineThread:
 
 
 def _came_to_an_end(report: StepReport) -> bool:
-    return any(isinstance(last, Ended) and last.reason is FinishReason.LENGTH for _, (*_, last) in report.events)
+    return any(isinstance(last, Ended) and last.reason in BY_ITSELF for _, (*_, last) in report.events)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.generate import sampling_options
-from model.sampling import _GOLDEN, SamplingBatch, _mix, draw, nucleus, uniform
+from model.sampling import _GOLDEN, SamplingBatch, _mix, draw, likely, uniform
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,12 @@ def test_filters_equal_transformers(top_k: int, top_p: float) -> None:
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    kept = nucleus(logits.double(), torch.full((200,), top_k), torch.full((200,), top_p, dtype=torch.float64))
+    kept = likely(
+        logits.double(),
+        torch.full((200,), top_k),
+        torch.full((200,), top_p, dtype=torch.float64),
+        torch.full((200,), 0.0, dtype=torch.float64),
+    )
     assert torch.equal(kept > 0, expected > -torch.inf)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -156,11 +157,14 @@ class Samples:
 
 
 def parse_events(lines: Iterable[str]) -> list[Event]:
-    """The whole of a stream. Fails on anything that is not an event of exactly two lines, or a comment."""
+    """The whole of a stream. Fails on anything that is not an event of exactly three lines, or a comment."""
     events: list[Event] = []
     name = None
     for line in lines:
-        if line.startswith("event: "):
+        if line.startswith("id: "):
+            assert name is None
+            assert re.fullmatch(r"[0-9a-f]{12}:(-1|\d+)", line.removeprefix("id: "))
+        elif line.startswith("event: "):
             assert name is None
             name = line.removeprefix("event: ")
         elif line.startswith("data: "):

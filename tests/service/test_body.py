@@ -1,17 +1,19 @@
 """A body is what the contract says or it is refused, with a status of its own and without an echo."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.config import ModelConfig
 from service.body import parse_json_object
 from service.errors import ApiError
 from service.schemas import MAX_PROMPT_CHARACTERS, GenerateBody, Limits, parse_generate
 
-LIMITS = Limits(max_new_tokens=1000, vocab_size=65)
+LIMITS = Limits(max_new_tokens=1000, timeout_s=300, model=ModelConfig(65))
 
 
 def parse(content: str | bytes) -> GenerateBody:
@@ -44,7 +46,7 @@ def test_absent_null_and_default_are_the_same() -> None:
 
 
 def test_the_default_length_never_exceeds_the_server_s_limit() -> None:
-    assert parse_generate({"prompt": ""}, Limits(max_new_tokens=10, vocab_size=65)).max_new_tokens == 10
+    assert parse_generate({"prompt": ""}, replace(LIMITS, max_new_tokens=10)).max_new_tokens == 10
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,11 @@ def test_the_default_length_never_exceeds_the_server_s_limit() -> None:
         {"temperature": 2},
         {"max_new_tokens": 1000},
         {"top_k": 65},
+        {"min_p": 1},
+        {"stop": ["a" * 64, "b", "c", "\n"]},
+        {"logprobs": 10},
+        {"timeout_s": 300},
+        {"disabled_experts": [[0, 0], [0, 7], [0, 7], [5, 1]]},
         {"top_p": 1},
         {"top_p": 1e-300},
         {"seed": 2**63 - 1},
@@ -85,7 +92,7 @@ def test_what_is_not_json_is_a_400(content: str | bytes) -> None:
         ('{"prompt": {"a": 1, "a": 2}}', "duplicate_field", None),
         (body(max_tokens=5), "unknown_field", None),
         (body(max_tokens=None), "unknown_field", None),
-        (body(stop=[]), "unknown_field", None),
+        (body(end=[]), "unknown_field", None),
         ('{"prompt": "", "\\ud800": 1}', "invalid_unicode", None),
         ('{"prompt": "\\ud800"}', "invalid_unicode", "prompt"),
         (body(unknown_characters="\ud800"), "invalid_unicode", "unknown_characters"),
@@ -114,6 +121,22 @@ def test_what_is_not_json_is_a_400(content: str | bytes) -> None:
         (body(seed=2**63), "out_of_range", "seed"),
         (body(seed=1e3), "wrong_type", "seed"),
         (body(stream=1), "wrong_type", "stream"),
+        (body(min_p=1.01), "out_of_range", "min_p"),
+        (body(stop="a"), "wrong_type", "stop"),
+        (body(stop=[""]), "out_of_range", "stop"),
+        (body(stop=["a" * 65]), "out_of_range", "stop"),
+        (body(stop=["a"] * 5), "out_of_range", "stop"),
+        (body(stop=["\ud800"]), "invalid_unicode", "stop"),
+        (body(logprobs=11), "out_of_range", "logprobs"),
+        (body(logprobs=True), "wrong_type", "logprobs"),
+        (body(timeout_s=300.5), "out_of_range", "timeout_s"),
+        (body(timeout_s=0.09), "out_of_range", "timeout_s"),
+        (body(timeout_s=float("nan")), "not_finite", "timeout_s"),
+        (body(disabled_experts=[[6, 0]]), "out_of_range", "disabled_experts"),
+        (body(disabled_experts=[[0, 8]]), "out_of_range", "disabled_experts"),
+        (body(disabled_experts=[[0, -1]]), "out_of_range", "disabled_experts"),
+        (body(disabled_experts=[[0, 1, 2]]), "out_of_range", "disabled_experts"),
+        (body(disabled_experts=[[0, expert] for expert in range(7)]), "out_of_range", "disabled_experts"),
         (body(return_routed_experts="yes"), "wrong_type", "return_routed_experts"),
         (body(unknown_characters="drop"), "out_of_range", "unknown_characters"),
     ],

@@ -105,7 +105,7 @@ def test_a_stream_begins_long_before_its_text_is_complete(server: Server) -> Non
     with server.client.stream("POST", "/generate", json={"prompt": "", "max_new_tokens": FOR_EVER}) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.headers["x-accel-buffering"] == "no"
-        head = itertools.islice(response.iter_lines(), 6)  # two events of two lines and an empty one
+        head = itertools.islice(response.iter_lines(), 8)  # two events of three lines and an empty one
         assert [name for name, _ in parse_events(head)] == ["start", "token"]
     server.wait_for(requests_running=0)
 

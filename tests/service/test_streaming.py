@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from model.tokenizer import Tokenizer
 from service.engine.sequence import DrawnToken, Ended, Event, FinishReason
 from service.errors import ApiError
-from service.streaming import Generation, TextDecoder, Transcript, raise_if_refused, sse
+from service.streaming import Generation, Transcript, raise_if_refused, sse
 
 ENDED = Ended(
     FinishReason.LENGTH,
@@ -25,24 +24,24 @@ ENDED = Ended(
 
 @pytest.fixture
 def transcript() -> Transcript:
-    generation = Generation("an-id", "tiny", seed=7, params={}, num_prompt_tokens=3, prompt_used=None)
-    return Transcript(generation, TextDecoder(Tokenizer.of_characters("\n\u00e9a")))
+    return Transcript(Generation("an-id", "tiny", 7, {}, 3, None, ["\n", "a", "\u00e9"], "0123456789ab"))
 
 
 def parsed(written: bytes) -> tuple[str, dict[str, Any]]:
-    event, data, *rest = written.decode().split("\n")
+    event_id, event, data, *rest = written.decode().split("\n")
+    assert event_id.startswith("id: 0123456789ab:")
     assert rest == ["", ""]
     return event.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
 
 def test_an_event_is_one_data_line_whatever_is_in_it(transcript: Transcript) -> None:
-    assert sse("token", {"text": "\n\r\u2028\u00e9"}).count(b"\n") == 3
-    assert parsed(transcript.event(DrawnToken(0, 0)))[1]["text"] == "\n"
+    assert sse("token", {"text": "\n\r\u2028\u00e9"}, "an-id").count(b"\n") == 4
+    assert parsed(transcript.event(DrawnToken(0, 0, "\n")))[1]["text"] == "\n"
 
 
 def test_the_end_has_the_text_the_usage_and_the_rates(transcript: Transcript) -> None:
-    for index, token_id in enumerate((1, 0)):
-        transcript.event(DrawnToken(index, token_id))
+    for index, token_id, text in ((0, 1, "a"), (1, 0, "\n")):
+        transcript.event(DrawnToken(index, token_id, text))
     name, done = parsed(transcript.event(ENDED))
     assert (name, done["finish_reason"], done["text"]) == ("done", "length", "a\n")
     assert done["usage"] == {"prompt_tokens": 3, "generated_tokens": 2, "total_tokens": 5}

@@ -15,10 +15,11 @@ from model import checkpoint
 from model.transformer import Transformer
 from service.engine.batch import Batch, DecodeBatch
 from service.engine.counters import ExpertCounters
+from service.engine.drawn import Drawn
 from service.engine.engine import Engine
 from service.engine.loading import EngineOptions, build_engine
 from service.engine.reports import Figures, StepReport
-from service.engine.runner import Drawn, TorchRunner
+from service.engine.runner import TorchRunner
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Ended, FinishReason, SamplingParams, Sequence
 from service.engine.thread import EngineInfo, EnginePhase, EngineThread, NotServing, QueueFull
@@ -164,7 +165,7 @@ def faulty_thread(listener: Listener, is_broken: Callable[[Batch], bool], grace_
         model = tiny_model().requires_grad_(False)
         counters = ExpertCounters(model.config, 2, model.device)
         engine = Engine(FaultyRunner(model, counters, is_broken), Scheduler(2, 16), counters)
-        return engine, EngineInfo("cpu", 1, "faulty", 2, "", 0.0)
+        return engine, EngineInfo("cpu", 1, "faulty", 2, "", 0.0, 4, "")
 
     thread = EngineThread(build, listener.publish, max_queued=8, grace_s=grace_s)
     thread.start()
