@@ -78,7 +78,7 @@ def _engine_options(settings: Settings) -> EngineOptions:
         slots=settings.slots,
         kv_memory_mib=settings.kv_memory_mib,
         prefill_chunk=settings.prefill_chunk,
-        fault=os.environ.get("MOESCOPE_FAULT"),
+        fault=os.environ.get("MOESCOPE_FAULT"),  # for tests of failures on a real process
     )
 
 
