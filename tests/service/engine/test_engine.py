@@ -27,8 +27,8 @@ CONTEXT = 32
 
 
 @pytest.fixture(scope="module")
-def model() -> Transformer:
-    return tiny_model().requires_grad_(False)
+def model(device: torch.device) -> Transformer:
+    return tiny_model().requires_grad_(False).to(device)
 
 
 def engine_for(model: Transformer, num_slots: int = 16, prefill_chunk: int = 16) -> Engine:
@@ -74,9 +74,11 @@ def test_alone_it_writes_what_the_reference_writes(model: Transformer, length: i
     assert one.token_ids == expected
 
 
-def test_cached_decode_equals_the_reference_alone_and_among_fifteen(at: At, evidence: Evidence) -> None:
+def test_cached_decode_equals_the_reference_alone_and_among_fifteen(
+    device: torch.device, at: At, evidence: Evidence
+) -> None:
     """Past three contexts; the small size uses a small model, the full size the shipped one."""
-    model = at(tiny_model().requires_grad_(False), None) or checkpoint.load(SHIPPED).model
+    model = at(tiny_model().requires_grad_(False).to(device), None) or checkpoint.load(SHIPPED, str(device)).model
     length = 3 * model.config.context_length + 40
     alone = sequence(7, max_new_tokens=length, seed=1)
     run(engine_for(model), alone)
@@ -94,8 +96,8 @@ def test_cached_decode_equals_the_reference_alone_and_among_fifteen(at: At, evid
 @torch.inference_mode()
 def test_a_row_has_the_same_bits_alone_and_in_a_crowd(model: Transformer) -> None:
     cache = KVCache(model.config, num_slots=16, device=model.device)
-    ids = torch.tensor(prompt(16))
-    at = torch.arange(16)
+    ids = torch.tensor(prompt(16), device=model.device)
+    at = torch.arange(16, device=model.device)
     view = cache.decode(at, at)
     crowd, _ = model.hidden(ids[:, None], at[:, None], view.layer)
     cache = KVCache(model.config, num_slots=16, device=model.device)
@@ -131,7 +133,7 @@ def test_events_come_in_order_and_end_once(model: Transformer) -> None:
 def test_the_routing_of_a_token_is_that_of_the_position_it_was_drawn_from(model: Transformer) -> None:
     one = sequence(6, max_new_tokens=12, routed=True)
     events = run(engine_for(model), one)[one]
-    ids = torch.tensor([[*one.prompt_ids, *one.token_ids[:-1]]])
+    ids = torch.tensor([[*one.prompt_ids, *one.token_ids[:-1]]], device=model.device)
     _, routings = model(ids)
     for token in events[:-1]:
         assert isinstance(token, DrawnToken)
@@ -196,8 +198,8 @@ def test_an_expired_sequence_ends_as_timeout_and_frees_its_slot(model: Transform
     assert engine.expire() == ()
 
 
-def test_a_row_that_is_not_finite_ends_alone_and_its_slots_next_tenant_is_unharmed() -> None:
-    model = tiny_model().requires_grad_(False)
+def test_a_row_that_is_not_finite_ends_alone_and_its_slots_next_tenant_is_unharmed(device: torch.device) -> None:
+    model = tiny_model().requires_grad_(False).to(device)
     expected = sequence(9, seed=3, max_new_tokens=30)
     run(engine_for(model), expected)
 
@@ -220,8 +222,8 @@ def test_a_row_that_is_not_finite_ends_alone_and_its_slots_next_tenant_is_unharm
     assert all(0 < weight <= fed for weight in figures.gate_weight.sum(-1)), "a broken row's weight was summed"
 
 
-def test_a_row_that_breaks_while_decoding_balances_its_own_books() -> None:
-    model = tiny_model().requires_grad_(False)
+def test_a_row_that_breaks_while_decoding_balances_its_own_books(device: torch.device) -> None:
+    model = tiny_model().requires_grad_(False).to(device)
     engine = engine_for(model)
     one = sequence(9, seed=3, max_new_tokens=30)
     events = run(engine, one, steps=4)[one]
@@ -234,8 +236,8 @@ def test_a_row_that_breaks_while_decoding_balances_its_own_books() -> None:
     assert engine.figures().routed_tokens[:, 0].sum() == end.routed_tokens
 
 
-def test_a_prompt_that_was_left_half_read_harms_no_later_tenant() -> None:
-    model = tiny_model().requires_grad_(False)
+def test_a_prompt_that_was_left_half_read_harms_no_later_tenant(device: torch.device) -> None:
+    model = tiny_model().requires_grad_(False).to(device)
     poisoned = 64
     with torch.no_grad():
         model.embedding.weight[poisoned] = float("nan")
@@ -254,7 +256,7 @@ def disabled_mask(model: Transformer, disabled: tuple[tuple[int, int], ...]) -> 
     mask = torch.zeros(1, model.config.num_layers, model.config.num_experts, dtype=torch.bool)
     for layer, expert in disabled:
         mask[0, layer, expert] = True
-    return mask
+    return mask.to(model.device)
 
 
 def test_disabled_experts_are_silent_for_their_request_alone(model: Transformer) -> None:
@@ -280,8 +282,8 @@ def test_log_probabilities_are_told_to_those_who_ask(model: Transformer) -> None
     params = SamplingParams(15, 1.3, seed=6)
     none, own, some = (Sequence(prompt(7, 6), params, num_logprobs=count) for count in (None, 0, 4))
     events = run(engine_for(model), none, own, some)
-    text = torch.tensor([[*some.prompt_ids, *some.token_ids]])
-    expected = model(text)[0][0].double().log_softmax(-1)[6:-1]
+    text = torch.tensor([[*some.prompt_ids, *some.token_ids]], device=model.device)
+    expected = model(text)[0][0].double().log_softmax(-1)[6:-1].cpu()
     for row, (silent, single, token) in enumerate(zip(*(events[each][:-1] for each in (none, own, some)), strict=True)):
         assert isinstance(silent, DrawnToken)
         assert isinstance(single, DrawnToken)
