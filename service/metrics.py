@@ -37,6 +37,7 @@ OUTCOME_OF_TYPE: Final = {
     "invalid_request": "rejected_invalid",
     "overloaded": "rejected_full",
     "unavailable": "rejected_unready",
+    "unauthorized": "unauthorized",
     "cancelled": "cancelled",
     "internal": "error",
 }

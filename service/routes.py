@@ -29,6 +29,7 @@ from service.settings import Settings
 from service.streaming import EventStream, TextDecoder, Transcript, collect, raise_if_refused, stream_events
 
 FIGURES_WAIT_S = 0.5
+EXAMPLE = {"prompt": "ROMEO:", "max_new_tokens": 64}
 ANSWERING = frozenset({EnginePhase.READY, EnginePhase.DRAINING})
 
 
@@ -62,7 +63,7 @@ class Routes:
             openapi_extra={
                 "requestBody": {
                     "required": True,
-                    "content": {"application/json": {"schema": GenerateBody.model_json_schema()}},
+                    "content": {"application/json": {"schema": GenerateBody.model_json_schema(), "example": EXAMPLE}},
                 }
             },
         )
