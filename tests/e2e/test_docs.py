@@ -43,7 +43,7 @@ def test_the_reference_is_offline_within_the_policy_and_what_it_sends_is_answere
     expect(try_it_out(visit.page)).to_contain_text("event: done")
     assert visit.complaints == []
     assert visit.asked
-    assert all(url.startswith(f"{server.url}/") or url.startswith("data:") for url in visit.asked)
+    assert [url for url in visit.asked if not url.startswith((f"{server.url}/", "data:"))] == []
 
 
 def test_behind_a_path_prefix_it_asks_beneath_the_prefix_only(server: Server, open_page: OpenPage) -> None:
@@ -52,10 +52,11 @@ def test_behind_a_path_prefix_it_asks_beneath_the_prefix_only(server: Server, op
         "**/under/here/**",
         lambda route: route.fulfill(response=route.fetch(url=route.request.url.replace("/under/here", ""))),
     )
+    visit.page.goto("about:blank")
     visit.asked.clear()
     visit.page.goto(f"{server.url}/under/here/docs")
     expect(try_it_out(visit.page)).to_contain_text("event: done")
-    assert all(url.startswith(f"{server.url}/under/here/") or url.startswith("data:") for url in visit.asked)
+    assert [url for url in visit.asked if not url.startswith((f"{server.url}/under/here/", "data:"))] == []
 
 
 def test_a_server_with_a_key_is_asked_once_the_reader_has_given_it(locked: Server, open_page: OpenPage) -> None:
