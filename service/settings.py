@@ -80,7 +80,7 @@ class Settings(BaseSettings):
     @field_validator("api_key")
     @classmethod
     def _can_be_sent(cls, key: SecretStr | None) -> SecretStr | None:
-        """A header carries nothing else unchanged, and an empty key would let everyone in."""
+        """A header carries nothing else unchanged."""
         if key is not None and not re.fullmatch(r"[!-~]+", key.get_secret_value()):
             raise ValueError("it should be ASCII letters, digits and signs, without a space")
         return key
@@ -89,11 +89,16 @@ class Settings(BaseSettings):
 def read_settings(arguments: Sequence[str]) -> Settings:
     """Flags, then environment, then defaults. Raises SettingsRefused; prints and exits for --help."""
     try:
-        return Settings(_cli_parse_args=list(arguments))
+        settings = Settings(_cli_parse_args=list(arguments))
     except SettingsError as error:
         raise SettingsRefused(str(error).removeprefix("error parsing CLI: ")) from None
     except ValidationError as error:
         raise SettingsRefused(_sentence(error)) from None
+    if settings.api_key is None and any(argument.partition("=")[0] == "--api-key" for argument in arguments):
+        raise SettingsRefused(
+            "--api-key is empty; without a key leave the flag out"
+        )  # "$UNSET" must not open the doors
+    return settings
 
 
 def _sentence(error: ValidationError) -> str:
