@@ -30,6 +30,7 @@ from service.settings import Settings
 from service.streaming import EventStream, Transcript, collect, raise_if_refused, stream_events
 
 FIGURES_WAIT_S = 0.5
+EXAMPLE = {"prompt": "ROMEO:", "max_new_tokens": 64}
 ANSWERING = frozenset({EnginePhase.READY, EnginePhase.DRAINING})
 
 
@@ -63,7 +64,9 @@ class Routes:
             openapi_extra={
                 "requestBody": {
                     "required": True,
-                    "content": {"application/json": {"schema": generate_schema(self._admission.limits)}},
+                    "content": {
+                        "application/json": {"schema": generate_schema(self._admission.limits), "example": EXAMPLE}
+                    },
                 }
             },
         )
