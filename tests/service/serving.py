@@ -47,8 +47,10 @@ def run_to_the_end(*flags: object, **environment: str) -> subprocess.CompletedPr
 class Server:
     """The process. Its log goes to a file, so that it never waits for a reader."""
 
-    def __init__(self, log: Path, *flags: object, stdout: int | IO[str] = subprocess.PIPE) -> None:
-        self.port = free_port()
+    def __init__(
+        self, log: Path, *flags: object, stdout: int | IO[str] = subprocess.PIPE, port: int | None = None
+    ) -> None:
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         with log.open("w") as file:
