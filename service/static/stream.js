@@ -29,6 +29,8 @@ export async function* survivingStream(body, signal, tellLoss) {
       if (signal.aborted || place.id === null) throw error;
       if (error.status === 409) throw new Trouble("the server that came back would write another text");
       if (error.status < 500 && error.status !== 429) throw error;
+      // A request that breaks every step would take its neighbours' texts along each time.
+      if (error.message === "internal" && numFailures > 2) throw new Trouble("the server fails at it again and again");
       advisedMs = Math.min(error.retryAfterMs || 0, LONGEST_ADVICE_MS);
     }
     if (numFailures === 0) lostAt = performance.now();
