@@ -23,6 +23,7 @@ from service.errors import ApiError, answer_api_error, answer_http_exception
 from service.exchange import Exchange, watch
 from service.metrics import EngineCollector, Metrics
 from service.middleware import RequestScope
+from service.openai import OpenAIRoutes
 from service.routes import Routes
 from service.schemas import Limits
 from service.settings import Settings
@@ -65,6 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.add_middleware(RequestScope)
     app.include_router(Routes(settings, card, engine, admission, metrics, version).router())
+    app.include_router(OpenAIRoutes(card, admission).router())
     app.frontend("/", directory=PAGE, fallback=None)
     app.state.engine = engine
     return app

@@ -24,6 +24,12 @@ KINDS: Mapping[str, Kind] = {
     "not_json": Kind(400, "invalid_request", "the body is not JSON in UTF-8"),
     "bad_request": Kind(400, "invalid_request", "the request cannot be understood"),
     "not_found": Kind(404, "invalid_request", "there is nothing at this address; /openapi.json lists what there is"),
+    "model_not_found": Kind(404, "invalid_request", "there is no such model here; GET /v1/models lists what there is"),
+    "no_chat": Kind(
+        404,
+        "invalid_request",
+        "this model continues text and has no chat template, so there is no chat here; use /v1/completions",
+    ),
     "method_not_allowed": Kind(405, "invalid_request", "this address does not answer that method"),
     "body_too_large": Kind(413, "invalid_request", "the body is larger than 65,536 bytes"),
     "unsupported_media_type": Kind(
@@ -35,6 +41,7 @@ KINDS: Mapping[str, Kind] = {
     "missing_field": Kind(422, "invalid_request", "a required field is missing"),
     "wrong_type": Kind(422, "invalid_request", "a field has the wrong type"),
     "out_of_range": Kind(422, "invalid_request", "a field is out of its range"),
+    "unsupported_value": Kind(422, "invalid_request", "only the neutral value of a field is implemented"),
     "not_finite": Kind(422, "invalid_request", "a number is not finite"),
     "invalid_unicode": Kind(422, "invalid_request", "a text has half a surrogate pair and is no valid Unicode"),
     "prompt_too_long": Kind(422, "invalid_request", "the prompt is too long"),
