@@ -260,7 +260,9 @@ class OpenAIRoutes:
             methods=["POST"],
             response_model=CompletionAnswer,
             responses=STREAM,
-            openapi_extra=describe_body(CompletionBody, self._admission.limits),
+            openapi_extra=describe_body(
+                CompletionBody, self._admission.limits, model=self._model.id, prompt="ROMEO:", max_tokens=64
+            ),
         )
         router.add_api_route("/models", self.models, methods=["GET"], response_model=ModelList)
         router.add_api_route("/models/{model}", self.model, methods=["GET"], response_model=ModelEntry)

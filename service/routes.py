@@ -50,9 +50,10 @@ STREAM: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-def describe_body(kind: type[Body], limits: Limits) -> dict[str, Any]:
+def describe_body(kind: type[Body], limits: Limits, **example: object) -> dict[str, Any]:
     """What the OpenAPI schema says of a body that a handler reads by itself."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body_schema(kind, limits)}}}}
+    described = {"schema": body_schema(kind, limits), "example": example}
+    return {"requestBody": {"required": True, "content": {"application/json": described}}}
 
 
 async def respond(
@@ -101,7 +102,7 @@ class Routes:
             methods=["POST"],
             response_model=GenerateAnswer,
             responses=STREAM,
-            openapi_extra=describe_body(GenerateBody, limits),
+            openapi_extra=describe_body(GenerateBody, limits, prompt="ROMEO:", max_new_tokens=64),
         )
         router.add_api_route(
             "/tokenize",
@@ -109,14 +110,14 @@ class Routes:
             methods=["POST"],
             response_model=TokenizeAnswer,
             response_model_exclude_none=True,
-            openapi_extra=describe_body(TokenizeBody, limits),
+            openapi_extra=describe_body(TokenizeBody, limits, prompt="ROMEO:"),
         )
         router.add_api_route(
             "/detokenize",
             self.detokenize,
             methods=["POST"],
             response_model=DetokenizeAnswer,
-            openapi_extra=describe_body(DetokenizeBody, limits),
+            openapi_extra=describe_body(DetokenizeBody, limits, tokens=[0, 1, 2]),
         )
         router.add_api_route("/info", self.info, methods=["GET"], response_model=Info)
         router.add_api_route("/livez", self.livez, methods=["GET"], response_model=Health)

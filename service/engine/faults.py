@@ -13,19 +13,18 @@ KINDS: Final = ("raise", "die", "hang", "nan")
 
 
 def is_fault(text: str) -> bool:
-    """``raise:50`` is one: a kind and the decode step, from 1, in which it happens, once."""
-    kind, _, step = text.partition(":")
-    return kind in KINDS and step.isdecimal() and int(step) > 0
+    """``raise:50`` is one: a kind and the decode step, from 1, in which it happens, once. Several stand in a row."""
+    faults = [fault.partition(":") for fault in text.split(",")]
+    return all(kind in KINDS and step.isdecimal() for kind, _, step in faults)
 
 
 class FaultyRunner:
-    """A runner with one fault to come. Everything else is the real one's."""
+    """A runner with faults to come. Everything else is the real one's."""
 
     def __init__(self, inner: TorchRunner, fault: str) -> None:
-        assert is_fault(fault)
         self._inner = inner
-        self._kind, _, step = fault.partition(":")
-        self._steps_to_go = int(step)
+        self._faults = {int(step): kind for kind, _, step in (each.partition(":") for each in fault.split(","))}
+        self._step = 0
         self.name = inner.name
 
     @property
@@ -34,9 +33,8 @@ class FaultyRunner:
 
     def run(self, batch: Batch, steps: int) -> Drawn | None:
         if isinstance(batch, DecodeBatch):
-            self._steps_to_go -= 1
-            if not self._steps_to_go:
-                self._happen(batch)
+            self._step += 1
+            self._happen(self._faults.get(self._step), batch)
         return self._inner.run(batch, steps)
 
     def clear(self, slot: int) -> None:
@@ -48,11 +46,12 @@ class FaultyRunner:
     def pad_rows_to(self, multiple: int) -> None:
         self._inner.pad_rows_to(multiple)
 
-    def _happen(self, batch: DecodeBatch) -> None:
-        if self._kind == "raise":
+    def _happen(self, fault: str | None, batch: DecodeBatch) -> None:
+        if fault == "raise":
             raise RuntimeError("a fault that was asked for")
-        if self._kind == "die":
+        if fault == "die":
             raise SystemExit  # which nobody on this thread catches
-        if self._kind == "hang":
+        if fault == "hang":
             threading.Event().wait()
-        self._inner.cache.values[:, batch.slots[0]] = float("nan")
+        if fault == "nan":
+            self._inner.cache.values[:, batch.slots[0]] = float("nan")

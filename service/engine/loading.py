@@ -49,11 +49,13 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
     from model.kv_cache import KVCache
     from service.engine.counters import ExpertCounters
     from service.engine.engine import Engine
-    from service.engine.faults import FaultyRunner
+    from service.engine.faults import FaultyRunner, is_fault
     from service.engine.probe import find_row_multiple
     from service.engine.runner import TorchRunner
     from service.engine.scheduler import Scheduler
 
+    if options.fault and not is_fault(options.fault):
+        raise CannotServe(f"MOESCOPE_FAULT is {options.fault!r}; it breaks the engine on purpose, as raise:50 does")
     torch.set_num_threads(options.threads)  # of the thread that calls this
     device = _device(options.device)
     loaded = checkpoint.load(options.checkpoint, device)
