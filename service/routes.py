@@ -14,15 +14,16 @@ from service.engine.thread import EnginePhase, EngineThread
 from service.errors import ApiError
 from service.exchange import refresh_figures
 from service.metrics import Metrics
+from service.reference import EVENT_STREAM, LAST_EVENT_ID, TEXT, answers
 from service.schemas import (
     MAX_PROMPT_CHARACTERS,
     BatchInvariance,
     DefaultsInfo,
-    ErrorBody,
     GenerateAnswer,
     Health,
     Info,
     LimitsInfo,
+    NotReady,
     Versions,
     generate_schema,
 )
@@ -53,24 +54,29 @@ class Routes:
         self._version = version
 
     def router(self) -> APIRouter:
-        router = APIRouter(responses={"default": {"model": ErrorBody, "description": "Refused, or failed"}})
+        router = APIRouter()
         router.add_api_route(
             "/generate",
             self.generate,
             methods=["POST"],
             response_model=GenerateAnswer,
-            responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+            responses=answers(409, 413, 415, 422, 429, 503, 504, content={"text/event-stream": EVENT_STREAM}),
             openapi_extra={
+                "parameters": [LAST_EVENT_ID],
                 "requestBody": {
                     "required": True,
                     "content": {"application/json": {"schema": generate_schema(self._admission.limits)}},
-                }
+                },
             },
         )
-        router.add_api_route("/info", self.info, methods=["GET"], response_model=Info)
-        router.add_api_route("/livez", self.livez, methods=["GET"], response_model=Health)
-        router.add_api_route("/readyz", self.readyz, methods=["GET"], response_model=Health)
-        router.add_api_route("/metrics", self.metrics, methods=["GET"], response_class=Response)
+        router.add_api_route("/info", self.info, methods=["GET"], response_model=Info, responses=answers())
+        probe = answers(503, shape=NotReady)
+        router.add_api_route("/livez", self.livez, methods=["GET"], response_model=Health, responses=probe)
+        router.add_api_route("/readyz", self.readyz, methods=["GET"], response_model=Health, responses=probe)
+        formats = {"text/plain": TEXT, "application/openmetrics-text": TEXT}
+        router.add_api_route(
+            "/metrics", self.metrics, methods=["GET"], response_class=Response, responses=answers(content=formats)
+        )
         return router
 
     async def generate(self, request: Request) -> Response:

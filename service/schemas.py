@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from model.config import ModelConfig
-from service.errors import ApiError
+from service.errors import KINDS, ApiError
 
 MAX_PROMPT_CHARACTERS = 8192
 DEFAULT_NEW_TOKENS = 256
@@ -142,14 +142,25 @@ def parse_generate(raw: dict[str, Any], limits: Limits) -> GenerateBody:
 def generate_schema(limits: Limits) -> dict[str, Any]:
     """The body as JSON Schema, with this server's limits; null is as good as absent where there is a default."""
     schema = GenerateBody.model_json_schema()
-    for name, field in schema["properties"].items():
-        if name in ("max_new_tokens", "top_k"):
-            field["maximum"] = limits.most(name)
+    fields = schema["properties"]
+    for name, field in fields.items():
         if name not in schema["required"] and "anyOf" not in field:
             described = {key: field.pop(key) for key in ("default", "description", "title") if key in field}
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **described}
-    schema["properties"]["max_new_tokens"]["default"] = limits.default_new_tokens
-    schema["properties"]["timeout_s"]["anyOf"][0]["maximum"] = limits.timeout_s
+            fields[name] = {"anyOf": [field, {"type": "null"}], **described}
+    for name in ("max_new_tokens", "top_k", "timeout_s"):
+        fields[name]["anyOf"][0]["maximum"] = limits.most(name)
+    fields["max_new_tokens"]["default"] = limits.default_new_tokens
+    # JSON Schema knows no gap in a range; and readers that take numbers for floats can write 2^63, but not 2^63 - 1.
+    fields["temperature"]["anyOf"][:1] = [{"const": 0}, {"type": "number", "minimum": MIN_TEMPERATURE, "maximum": 2}]
+    fields["seed"]["anyOf"][0] = {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**63}
+    ends = (limits.model.num_layers - 1, limits.model.num_experts - 1)
+    pair = [{"type": "integer", "minimum": 0, "maximum": end} for end in ends]
+    fields["disabled_experts"]["anyOf"][0]["items"] = {
+        "type": "array",
+        "prefixItems": pair,
+        "items": False,
+        "minItems": 2,
+    }
     return schema
 
 
@@ -186,8 +197,8 @@ def _refusal(error: ValidationError) -> ApiError:
 
 
 class ErrorDetail(BaseModel):
-    type: str
-    code: str
+    type: str = Field(json_schema_extra={"enum": [*sorted({kind.type for kind in KINDS.values()})]})
+    code: str = Field(json_schema_extra={"enum": [*sorted(KINDS)]})
     message: str
     param: str | None
     request_id: str
@@ -318,3 +329,7 @@ class Info(BaseModel):
 class Health(BaseModel):
     phase: str
     elapsed_s: float
+
+
+class NotReady(ErrorBody, Health):
+    """A probe's answer with a status of 503."""

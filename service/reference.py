@@ -1,0 +1,63 @@
+"""What /openapi.json says beside what FastAPI finds itself: headers, events and every refusal. Answers nothing."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from service.errors import KINDS
+from service.schemas import ErrorBody
+
+STATUSES_ANYWHERE: Final = (400, 401, 408, 421, 431, 500)
+"""What any address may answer, whatever was asked."""
+Answers = dict[int | str, dict[str, Any]]
+
+_REQUEST_ID: Final = {
+    "description": "this answer's id, also in the log and in an error's request_id",
+    "required": True,
+    "schema": {"type": "string", "pattern": "^[0-9a-f]{16}$"},
+}
+_RETRY_AFTER: Final = {
+    "description": "seconds after which to try again",
+    "schema": {"type": "integer", "minimum": 1},
+}
+LAST_EVENT_ID: Final = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "required": False,
+    "description": "id of the last event that a stream brought before it broke: with the same body and its seed, the "
+    "stream goes on after that token",
+    "schema": {"type": "string", "pattern": "^[0-9a-f]{12}:(-1|[0-9]{1,9})$"},
+}
+EVENT_STREAM: Final = {
+    "itemSchema": {  # as FastAPI describes its own streams
+        "type": "object",
+        "description": "start (id, model, seed, params, usage.prompt_tokens, prompt_used), a token (TokenBody) for each "
+        "token, then one done (GenerateAnswer without id, model, params and tokens) or one error (ErrorBody and code)",
+        "properties": {
+            "event": {"enum": ["start", "token", "done", "error"]},
+            "id": {"type": "string", "pattern": "^[0-9a-f]{12}:(-1|[0-9]{1,9})$"},
+            "data": {"type": "string", "contentMediaType": "application/json"},
+        },
+        "required": ["event", "id", "data"],
+    }
+}
+TEXT: Final = {"schema": {"type": "string"}}
+
+
+def answers(
+    *refusals: int, shape: type[ErrorBody] = ErrorBody, content: dict[str, dict[str, Any]] | None = None
+) -> Answers:
+    """For an operation: 200, with what its content may be beside JSON; these refusals, in their shape; and those that
+    any address may give."""
+    told: Answers = {200: {"headers": {"X-Request-Id": _REQUEST_ID}, "content": content or {}}}
+    for status in sorted({*STATUSES_ANYWHERE, *refusals} & {kind.status for kind in KINDS.values()}):
+        told[status] = {"model": shape if status in refusals else ErrorBody, **_refusal(status)}
+    return told
+
+
+def _refusal(status: int) -> dict[str, Any]:
+    kinds = {code: kind for code, kind in KINDS.items() if kind.status == status}
+    headers: dict[str, Any] = {"X-Request-Id": _REQUEST_ID}
+    if any(kind.retry_after_s is not None for kind in kinds.values()):
+        headers["Retry-After"] = _RETRY_AFTER
+    return {"description": "; ".join(f"`{code}`: {kind.message}" for code, kind in kinds.items()), "headers": headers}
