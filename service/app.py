@@ -17,10 +17,12 @@ from starlette.exceptions import HTTPException
 
 from service.admission import Admission
 from service.card import ModelCard
+from service.docs import DOCS_PATHS, add_docs, require_key
 from service.engine.loading import EngineOptions, build_engine
 from service.engine.thread import EngineThread
 from service.errors import ApiError, answer_api_error, answer_http_exception
 from service.exchange import Exchange, watch
+from service.guard import METRICS_PATH, PROBES, CrossOrigin, Guard, Hosts, split_list
 from service.metrics import EngineCollector, Metrics
 from service.middleware import RequestScope
 from service.routes import Routes
@@ -63,11 +65,35 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=_lifespan(engine, exchange, settings.stuck_after_s),
         exception_handlers={ApiError: answer_api_error, HTTPException: answer_http_exception},
     )
-    app.add_middleware(RequestScope)
     app.include_router(Routes(settings, card, engine, admission, metrics, version).router())
+    add_docs(app, PAGE / "docs.html")
     app.frontend("/", directory=PAGE, fallback=None)
+    _add_safety(app, settings, metrics)
     app.state.engine = engine
     return app
+
+
+def _add_safety(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    """What is added last sees a request first: even a bug's answer may be read by a page that may ask."""
+    open_paths = PROBES | DOCS_PATHS | _page_paths() | ({METRICS_PATH} if settings.open_metrics else set())
+    origins = split_list(settings.allow_origin)
+    app.add_middleware(
+        Guard,
+        hosts=Hosts(settings.host, split_list(settings.allowed_hosts)),
+        key=settings.api_key,
+        open_paths=open_paths,
+        has_origins=bool(origins),
+        metrics=metrics,
+    )
+    app.add_middleware(RequestScope)
+    if origins:
+        app.add_middleware(CrossOrigin, origins=origins)
+    if settings.api_key:
+        require_key(app.openapi(), open_paths)
+
+
+def _page_paths() -> frozenset[str]:
+    return frozenset({"/", *(f"/{file.relative_to(PAGE).as_posix()}" for file in PAGE.rglob("*"))})
 
 
 def _engine_options(settings: Settings) -> EngineOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from service.errors import ApiError
 
 MAX_BODY_BYTES = 65_536
+BODY_S = 20.0
 
 
 class DuplicateName(ValueError):
@@ -18,10 +20,15 @@ class DuplicateName(ValueError):
 
 
 async def read_json_object(request: Request) -> dict[str, Any]:
-    """Raises ApiError: unsupported_media_type, body_too_large, client_closed and what ``parse_json_object`` raises."""
+    """Raises ApiError: unsupported_media_type, body_too_large, request_timeout, client_closed, and what
+    ``parse_json_object`` raises."""
     _check_media_type(request.headers.get("content-type", ""))
     try:
-        return parse_json_object(await _read_bounded(request))
+        async with asyncio.timeout(BODY_S):
+            content = await _read_bounded(request)
+        return parse_json_object(content)
+    except TimeoutError:
+        raise ApiError("request_timeout") from None
     except ClientDisconnect:
         raise ApiError("client_closed") from None
 

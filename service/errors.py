@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
@@ -18,16 +18,29 @@ class Kind:
     type: str
     message: str
     retry_after_s: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 KINDS: Mapping[str, Kind] = {
     "not_json": Kind(400, "invalid_request", "the body is not JSON in UTF-8"),
     "bad_request": Kind(400, "invalid_request", "the request cannot be understood"),
+    "unauthorized": Kind(
+        401,
+        "unauthorized",
+        "this needs the server's key: send the header Authorization: Bearer KEY",
+        headers={"WWW-Authenticate": "Bearer"},
+    ),
     "not_found": Kind(404, "invalid_request", "there is nothing at this address; /openapi.json lists what there is"),
     "method_not_allowed": Kind(405, "invalid_request", "this address does not answer that method"),
+    "request_timeout": Kind(
+        408, "invalid_request", "the request did not arrive in time", headers={"Connection": "close"}
+    ),
     "body_too_large": Kind(413, "invalid_request", "the body is larger than 65,536 bytes"),
     "unsupported_media_type": Kind(
         415, "invalid_request", "the body must be JSON and say so: send the header Content-Type: application/json"
+    ),
+    "host_not_allowed": Kind(
+        421, "invalid_request", "this server is not known by the name in the Host header; --allowed-hosts adds names"
     ),
     "not_an_object": Kind(422, "invalid_request", "the body must be a JSON object"),
     "unknown_field": Kind(422, "invalid_request", "the body has a field that is not known"),
@@ -39,6 +52,7 @@ KINDS: Mapping[str, Kind] = {
     "invalid_unicode": Kind(422, "invalid_request", "a text has half a surrogate pair and is no valid Unicode"),
     "prompt_too_long": Kind(422, "invalid_request", "the prompt is too long"),
     "unknown_characters": Kind(422, "invalid_request", "the prompt has characters that the vocabulary lacks"),
+    "headers_too_large": Kind(431, "invalid_request", "the address and headers are more than this server reads"),
     "client_closed": Kind(499, "cancelled", "the client went away"),
     "internal": Kind(500, "internal", "something went wrong here; the log has it under this request id"),
     "non_finite": Kind(500, "internal", "the model computed something that is not a number; this request was ended"),
@@ -93,7 +107,9 @@ class ApiError(Exception):
         }
 
     def response(self, request_id: str, **beside: object) -> JSONResponse:
-        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        headers = dict(self.kind.headers)
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(self.retry_after_s)
         return JSONResponse({"error": self.describe(request_id), **beside}, self.kind.status, headers)
 
 

@@ -41,6 +41,7 @@ OUTCOME_OF_TYPE: Final = {
     "conflict": "rejected_invalid",
     "overloaded": "rejected_full",
     "unavailable": "rejected_unready",
+    "unauthorized": "unauthorized",
     "cancelled": "cancelled",
     "internal": "error",
 }

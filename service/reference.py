@@ -7,7 +7,7 @@ from typing import Any, Final
 from service.errors import KINDS
 from service.schemas import ErrorBody
 
-STATUSES_ANYWHERE: Final = (400, 401, 408, 421, 431, 500)
+STATUSES_ANYWHERE: Final = (400, 408, 431, 500)
 """What any address may answer, whatever was asked."""
 Answers = dict[int | str, dict[str, Any]]
 
@@ -31,8 +31,8 @@ LAST_EVENT_ID: Final = {
 EVENT_STREAM: Final = {
     "itemSchema": {  # as FastAPI describes its own streams
         "type": "object",
-        "description": "start (id, model, seed, params, usage.prompt_tokens, prompt_used), a token (TokenBody) for each "
-        "token, then one done (GenerateAnswer without id, model, params and tokens) or one error (ErrorBody and code)",
+        "description": "start (id, model, seed, params, usage.prompt_tokens, prompt_used), a token (TokenBody) for "
+        "each token, then one done (GenerateAnswer without id, model, params and tokens) or one error (ErrorBody and code)",
         "properties": {
             "event": {"enum": ["start", "token", "done", "error"]},
             "id": {"type": "string", "pattern": "^[0-9a-f]{12}:(-1|[0-9]{1,9})$"},
@@ -50,7 +50,7 @@ def answers(
     """For an operation: 200, with what its content may be beside JSON; these refusals, in their shape; and those that
     any address may give."""
     told: Answers = {200: {"headers": {"X-Request-Id": _REQUEST_ID}, "content": content or {}}}
-    for status in sorted({*STATUSES_ANYWHERE, *refusals} & {kind.status for kind in KINDS.values()}):
+    for status in sorted({*STATUSES_ANYWHERE, *refusals}):
         told[status] = {"model": shape if status in refusals else ErrorBody, **_refusal(status)}
     return told
 

@@ -31,6 +31,7 @@ from service.settings import Settings
 from service.streaming import EventStream, Transcript, collect, raise_if_refused, stream_events
 
 FIGURES_WAIT_S = 0.5
+EXAMPLE = {"prompt": "ROMEO:", "max_new_tokens": 64}
 ANSWERING = frozenset({EnginePhase.READY, EnginePhase.DRAINING})
 
 
@@ -60,22 +61,24 @@ class Routes:
             self.generate,
             methods=["POST"],
             response_model=GenerateAnswer,
-            responses=answers(409, 413, 415, 422, 429, 503, 504, content={"text/event-stream": EVENT_STREAM}),
+            responses=answers(401, 409, 413, 415, 421, 422, 429, 503, 504, content={"text/event-stream": EVENT_STREAM}),
             openapi_extra={
                 "parameters": [LAST_EVENT_ID],
                 "requestBody": {
                     "required": True,
-                    "content": {"application/json": {"schema": generate_schema(self._admission.limits)}},
+                    "content": {
+                        "application/json": {"schema": generate_schema(self._admission.limits), "example": EXAMPLE}
+                    },
                 },
             },
         )
-        router.add_api_route("/info", self.info, methods=["GET"], response_model=Info, responses=answers())
+        router.add_api_route("/info", self.info, methods=["GET"], response_model=Info, responses=answers(401, 421))
         probe = answers(503, shape=NotReady)
         router.add_api_route("/livez", self.livez, methods=["GET"], response_model=Health, responses=probe)
         router.add_api_route("/readyz", self.readyz, methods=["GET"], response_model=Health, responses=probe)
         formats = {"text/plain": TEXT, "application/openmetrics-text": TEXT}
         router.add_api_route(
-            "/metrics", self.metrics, methods=["GET"], response_class=Response, responses=answers(content=formats)
+            "/metrics", self.metrics, methods=["GET"], response_class=Response, responses=answers(401, content=formats)
         )
         return router
 

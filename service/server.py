@@ -4,41 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
+import resource
 import signal
 import socket
 import sys
 from contextlib import suppress
+from functools import partial
 from types import FrameType
-from typing import Final
+from typing import Any, Final, cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.engine.thread import EnginePhase, EngineThread
-from service.errors import ApiError
 from service.logs import log_event
-from service.middleware import COMMON_HEADERS
+from service.protocol import Bounds, Protocol
 
 EXIT_REFUSED: Final = 1
 EXIT_FAILED: Final = 70
 FLUSH_S: Final = 5.0
 FAILED_FOR_S: Final = 1.0
+TICKS_PER_LOOK: Final = 10  # of a tenth of a second
+ACCEPTED_AT_ONCE: Final = 64
+WAITING_TO_BE_ACCEPTED: Final = 2048
 STARTING: Final = frozenset({EnginePhase.LOADING, EnginePhase.WARMING})
-
-
-class Protocol(HttpToolsProtocol):
-    """Answers what is not HTTP, and reaches no application, in the shape of all other refusals."""
-
-    def send_400_response(self, msg: str) -> None:
-        request_id = secrets.token_hex(8)
-        response = ApiError("bad_request").response(request_id)
-        response.headers.update({**COMMON_HEADERS, "X-Request-Id": request_id, "Connection": "close"})
-        headers = [*self.server_state.default_headers, *response.raw_headers]
-        head = b"".join(b"%b: %b\r\n" % header for header in headers)
-        self.transport.write(STATUS_LINE[response.status_code] + head + b"\r\n" + bytes(response.body))
-        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -47,15 +36,16 @@ class Server(uvicorn.Server):
     uvicorn's own way closes the port at once, waits for streams for ever, and dies by the signal instead of returning.
     """
 
-    def __init__(self, app: FastAPI, listener: socket.socket) -> None:
+    def __init__(self, app: FastAPI, listener: socket.socket, bounds: Bounds) -> None:
         config = uvicorn.Config(
             app,
-            http=Protocol,
+            http=cast(Any, partial(Protocol, bounds)),
             ws="none",
             log_config=None,
             log_level="error",  # whoever does not speak HTTP, or wants to upgrade it, is worth no warning
             access_log=False,
             server_header=False,
+            backlog=ACCEPTED_AT_ONCE,
         )
         super().__init__(config)
         self._engine: EngineThread = app.state.engine
@@ -76,6 +66,11 @@ class Server(uvicorn.Server):
             os._exit(0)  # nobody is being served, and loading cannot be interrupted any other way
         self._engine.drain()
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # asyncio takes the one number for both: how many may wait, and how many it takes on in one go.
+        self._listener.listen(WAITING_TO_BE_ACCEPTED)
+
     async def main_loop(self) -> None:
         try:
             await super().main_loop()
@@ -87,6 +82,9 @@ class Server(uvicorn.Server):
             self._is_announced = True
             announce(self._listener)
         self.should_exit = self.should_exit or self._is_done()
+        if counter % TICKS_PER_LOOK == 0:
+            for connection in list(self.server_state.connections):
+                cast(Protocol, connection).look()
         return await super().on_tick(counter)
 
     def _is_done(self) -> bool:
@@ -107,7 +105,7 @@ class Server(uvicorn.Server):
 
 def serve(app: FastAPI, listener: socket.socket) -> int:
     """Serve until a signal or until the engine fails; the process's exit code."""
-    server = Server(app, listener)
+    server = Server(app, listener, Bounds(connections=raise_connection_limit()))
     server.run(sockets=[listener])
     engine: EngineThread = app.state.engine
     if engine.phase is EnginePhase.FAILED and engine.info is None:
@@ -117,6 +115,19 @@ def serve(app: FastAPI, listener: socket.socket) -> int:
     if engine.phase is EnginePhase.FAILED:
         os._exit(EXIT_FAILED)  # its thread may be stuck where Python's own way out would wait for it, or crash
     return 0
+
+
+def raise_connection_limit() -> int:
+    """How many connections there can be, once this process may open as many files as the machine lets it.
+
+    Some are for the page's files, the log, the engine and what is accepted in one go. A connection that finds no
+    number free would be worse than one that is closed: asyncio goes on trying to accept it, with a traceback each time.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS says unlimited, and refuses it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else max(soft - 4 * ACCEPTED_AT_ONCE, soft // 2)
 
 
 def announce(listener: socket.socket) -> None:

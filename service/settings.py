@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, CliImplicitFlag, SettingsConfigDict, SettingsError
 
 from service.cpus import usable_cpus
 
@@ -67,21 +68,53 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="a step that takes longer is a failure, in seconds; the process then ends with code 70",
     )
+    api_key: SecretStr | None = Field(
+        None,
+        description="what clients send as Authorization: Bearer KEY to everything but page and probes; the environment "
+        "is the better place for it, as every user of the machine can read a command line",
+    )
+    open_metrics: CliImplicitFlag[bool] = Field(False, description="/metrics needs no key")
+    allowed_hosts: str = Field(
+        "",
+        description="names, comma-separated, that clients may call this server by (Host), or * for any; against DNS "
+        "rebinding. Allowed anyway: localhost, loopback addresses, the value of --host and, unless that is a loopback "
+        "address, every address in numbers, which cannot be rebound",
+    )
+    allow_origin: str = Field(
+        "",
+        description="origins, comma-separated, whose pages may call this server from a browser, or * for all; "
+        "for instance https://example.org",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+    @field_validator("api_key")
+    @classmethod
+    def _can_be_sent(cls, key: SecretStr | None) -> SecretStr | None:
+        """A header carries nothing else unchanged."""
+        if key is not None and not re.fullmatch(r"[!-~]+", key.get_secret_value()):
+            raise ValueError("it should be ASCII letters, digits and signs, without a space")
+        return key
 
 
 def read_settings(arguments: Sequence[str]) -> Settings:
     """Flags, then environment, then defaults. Raises SettingsRefused; prints and exits for --help."""
     try:
-        return Settings(_cli_parse_args=list(arguments))
+        settings = Settings(_cli_parse_args=list(arguments))
     except SettingsError as error:
         raise SettingsRefused(str(error).removeprefix("error parsing CLI: ")) from None
     except ValidationError as error:
         raise SettingsRefused(_sentence(error)) from None
+    if settings.api_key is None and any(argument.partition("=")[0] == "--api-key" for argument in arguments):
+        raise SettingsRefused(
+            "--api-key is empty; without a key leave the flag out"
+        )  # "$UNSET" must not open the doors
+    return settings
 
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0])
-    reason = first["msg"].replace("Input should", "it should").replace("String should", "it should")
-    return f"--{name.replace('_', '-')} ({ENV_PREFIX}{name.upper()}) is {str(first['input'])!r}; {reason}"
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason.replace("Input should", "it should").replace("String should", "it should")
+    value = "not shown" if name == "api_key" else repr(str(first["input"]))
+    return f"--{name.replace('_', '-')} ({ENV_PREFIX}{name.upper()}) is {value}; {reason}"

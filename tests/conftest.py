@@ -10,6 +10,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    import torch
+
     from training.corpora import Corpus
 
 # Before anything imports torch: the models here are too small to share between threads, and the spinning threads of a
@@ -28,6 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
     full = config.getoption("--prove")
     settings.register_profile("moescope", deadline=None, derandomize=not full, max_examples=1000 if full else 50)
     settings.load_profile("moescope")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that the engine runs on."""
+    import torch
+
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

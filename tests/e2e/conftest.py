@@ -78,10 +78,10 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
     """Opens a server's page; `width` in pixels, what is behind the # as `settings`."""
     with browser.new_context(permissions=["clipboard-read", "clipboard-write"]) as context:
 
-        def open_page(server: Server, settings: str = "", width: int = 1280) -> Visit:
+        def open_page(server: Server, settings: str = "", width: int = 1280, path: str = "/") -> Visit:
             visit = Visit(context.new_page())
             visit.page.set_viewport_size({"width": width, "height": 800})
-            visit.page.goto(f"{server.url}/#{settings}")
+            visit.page.goto(f"{server.url}{path}#{settings}")
             return visit
 
         yield open_page

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from model.generate import sampling_options
-from model.sampling import _GOLDEN, SamplingBatch, _mix, draw, likely, uniform
+from model.sampling import _GOLDEN, SamplingBatch, _mix, draw, likely, log_probabilities, uniform
+from tests.evidence import At, Evidence
 
 CPU = torch.device("cpu")
 
@@ -51,9 +53,15 @@ def test_the_noise_is_uniform_across_seeds_and_positions() -> None:
     assert abs(torch.corrcoef(torch.stack((noise[:-1], noise[1:])))[0, 1].item()) < 0.01
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.3), (0, 0.9), (7, 0.8), (65, 0.999)])
-def test_filters_equal_transformers(top_k: int, top_p: float) -> None:
-    from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [
+        *((0, 1.0, 0.0), (1, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.3, 0.0), (0, 0.9, 0.0), (7, 0.8, 0.0), (65, 0.999, 0.0)),
+        *((0, 1.0, 0.02), (0, 1.0, 1.0), (12, 0.9, 0.1)),
+    ],
+)
+def test_filters_equal_transformers(top_k: int, top_p: float, min_p: float) -> None:
+    from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = torch.randn(200, 65, generator=torch.Generator().manual_seed(0)) * 3
     expected = logits
@@ -61,13 +69,21 @@ def test_filters_equal_transformers(top_k: int, top_p: float) -> None:
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    kept = likely(
-        logits.double(),
-        torch.full((200,), top_k),
-        torch.full((200,), top_p, dtype=torch.float64),
-        torch.full((200,), 0.0, dtype=torch.float64),
-    )
+    if min_p:
+        expected = MinPLogitsWarper(min_p)(None, expected)
+    reals = torch.tensor([top_p, min_p], dtype=torch.float64).expand(200, 2).unbind(1)
+    kept = likely(logits.double(), torch.full((200,), top_k), *reals)
     assert torch.equal(kept > 0, expected > -torch.inf)
+
+
+def test_log_probabilities_are_those_of_the_raw_distribution_and_ties_go_to_the_lower_id() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    told, ids, best = log_probabilities(logits, torch.tensor([0, 3]), num_alternatives=3)
+    expected = logits.double().softmax(-1).log()
+    assert told.tolist() == pytest.approx([expected[0, 0].item(), math.log(0.25)], abs=1e-12)
+    assert ids.tolist() == [[1, 2, 0], [0, 1, 2]]
+    assert best[0].tolist() == pytest.approx([expected[0, i].item() for i in (1, 2, 0)], abs=1e-12)
+    assert log_probabilities(logits, torch.tensor([0, 3]), num_alternatives=10)[1].shape == (2, 4)
 
 
 def test_greedy_takes_the_largest_and_of_equals_the_first() -> None:
@@ -77,18 +93,43 @@ def test_greedy_takes_the_largest_and_of_equals_the_first() -> None:
     assert drawn.tolist() == [1, 0]
 
 
-def test_frequencies_follow_the_model() -> None:
-    """Chi-square over 65 ids; the seed is fixed, so the bound of six sigma is crossed by a wrong sampler only."""
-    num_draws = 100_000
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"), [(1.0, 0, 1.0, 0.0), (0.8, 20, 0.95, 0.0), (1.5, 0, 1.0, 0.05)]
+)
+def test_frequencies_follow_the_model(
+    at: At, evidence: Evidence, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Chi-square over the ids at a level of 1e-6, over positions of one seed and over seeds at one position."""
+    num_draws = at(50_000, 1_000_000)
     logits = torch.randn(65, generator=torch.Generator().manual_seed(3)) * 1.5
-    options = _repeated(sampling_options(CPU, 0.8, 0, 1.0, 11), num_draws)
-    drawn = draw(logits.expand(num_draws, -1), options, torch.arange(num_draws))
-    expected = (logits.double() / 0.8).softmax(-1) * num_draws
-    observed = torch.bincount(drawn, minlength=65)
+    options = _repeated(sampling_options(CPU, temperature, top_k, top_p, 11, min_p), num_draws)
+    same, running = torch.full((num_draws,), 300), torch.arange(num_draws)
+    kept = likely(
+        logits.double()[None] / temperature, *(each[:1] for each in (options.top_k, options.top_p, options.min_p))
+    )[0]
+    expected = kept / kept.sum() * num_draws
+    for seeds, positions in ((options.seed, running), (running, same)):
+        drawn = draw(logits.expand(num_draws, -1), replace(options, seed=seeds), positions)
+        level = chi_square_level(torch.bincount(drawn, minlength=65), expected)
+        assert level > 1e-6
+        evidence(f"level of {num_draws:,} draws", round(level, 4))
+
+
+def chi_square_level(observed: Tensor, expected: Tensor) -> float:
+    """How probable a larger chi-square would be if the expectation were right (Pearson 1900)."""
+    assert not observed[expected == 0].any()
     often = expected >= 5
-    chi_square = ((observed - expected) ** 2 / expected)[often].sum().item()
-    freedom = int(often.sum()) - 1
-    assert chi_square < freedom + 6 * math.sqrt(2 * freedom)
+    chi_square = ((observed - expected) ** 2 / expected)[often].sum()
+    freedom = often.sum() - 1
+    return float(torch.special.gammaincc(freedom / 2, chi_square.float() / 2))
+
+
+def test_the_chi_square_sees_a_sampler_that_is_wrong_by_a_few_percent() -> None:
+    expected = torch.full((65,), 1000.0, dtype=torch.float64)
+    observed = expected.clone()
+    assert chi_square_level(observed, expected) == pytest.approx(1.0)
+    observed[:32] *= 1.1
+    assert chi_square_level(observed, expected) < 1e-6
 
 
 def test_what_the_filters_drop_is_never_drawn() -> None:

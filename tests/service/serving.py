@@ -47,8 +47,10 @@ def run_to_the_end(*flags: object, **environment: str) -> subprocess.CompletedPr
 class Server:
     """The process. Its log goes to a file, so that it never waits for a reader."""
 
-    def __init__(self, log: Path, *flags: object, stdout: int | IO[str] = subprocess.PIPE) -> None:
-        self.port = free_port()
+    def __init__(
+        self, log: Path, *flags: object, stdout: int | IO[str] = subprocess.PIPE, port: int | None = None
+    ) -> None:
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         with log.open("w") as file:
@@ -102,8 +104,8 @@ class Server:
         """A request whose answer nobody has read yet; closing the connection is leaving."""
         content = json.dumps({"prompt": "", **body}).encode()
         connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE_S)
-        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-        connection.sendall(head.encode() + b"\r\n\r\n" + content)
+        head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         return connection
 
     def answer(self, prompt: str = "ROMEO:", **body: object) -> dict[str, Any]:

@@ -38,7 +38,10 @@ def test_a_flag_wins_over_the_environment_and_an_empty_variable_is_none(monkeypa
         (["--slots", "0"], "greater than or equal to 1"),
         (["--prefill-chunk", "100"], "multiple of 16"),
         (["--slot", "4"], "unrecognized arguments: --slot 4"),
-        (["--api-key", "x"], "unrecognized arguments"),
+        (["--api-keys", "x"], "unrecognized arguments"),
+        (["--api-key", ""], "--api-key is empty"),
+        (["--api-key="], "--api-key is empty"),
+        (["--api-key", "hush hush"], "without a space"),
         (["--queue"], "expected one argument"),
         (["serve"], "unrecognized arguments: serve"),
     ],
@@ -47,6 +50,7 @@ def test_a_bad_setting_is_refused_in_one_line_that_names_it(arguments: list[str]
     with pytest.raises(SettingsRefused) as refusal:
         read_settings(arguments)
     assert said in str(refusal.value)
+    assert "hush" not in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 

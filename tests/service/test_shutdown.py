@@ -9,6 +9,7 @@ import pytest
 
 from service import server as edge
 from service.app import create_app
+from service.protocol import Bounds
 from service.settings import read_settings
 from tests.service.conftest import StartServer
 from tests.service.serving import FOR_EVER, parse_events
@@ -78,4 +79,4 @@ def test_a_bug_in_the_server_s_own_loop_ends_the_engine_too(checkpoint: Path) ->
 
     app = create_app(read_settings(["--checkpoint", str(checkpoint), "--threads", "1"]))
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(ZeroDivisionError):
-        Buggy(app, listener).run(sockets=[listener])  # returns when the engine's thread has
+        Buggy(app, listener, Bounds(connections=1)).run(sockets=[listener])  # returns when the engine's thread has

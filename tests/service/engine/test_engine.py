@@ -11,8 +11,11 @@ from model import checkpoint
 from model.generate import generate
 from model.kv_cache import KVCache
 from model.transformer import Transformer
+from service.engine.batch import Batch, DecodeBatch
 from service.engine.counters import ExpertCounters
+from service.engine.drawn import Drawn
 from service.engine.engine import Engine
+from service.engine.probe import find_row_multiple
 from service.engine.runner import TorchRunner
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, SamplingParams, Sequence
@@ -24,8 +27,8 @@ CONTEXT = 32
 
 
 @pytest.fixture(scope="module")
-def model() -> Transformer:
-    return tiny_model().requires_grad_(False)
+def model(device: torch.device) -> Transformer:
+    return tiny_model().requires_grad_(False).to(device)
 
 
 def engine_for(model: Transformer, num_slots: int = 16, prefill_chunk: int = 16) -> Engine:
@@ -71,9 +74,11 @@ def test_alone_it_writes_what_the_reference_writes(model: Transformer, length: i
     assert one.token_ids == expected
 
 
-def test_cached_decode_equals_the_reference_alone_and_among_fifteen(at: At, evidence: Evidence) -> None:
+def test_cached_decode_equals_the_reference_alone_and_among_fifteen(
+    device: torch.device, at: At, evidence: Evidence
+) -> None:
     """Past three contexts; the small size uses a small model, the full size the shipped one."""
-    model = at(tiny_model().requires_grad_(False), None) or checkpoint.load(SHIPPED).model
+    model = at(tiny_model().requires_grad_(False).to(device), None) or checkpoint.load(SHIPPED, str(device)).model
     length = 3 * model.config.context_length + 40
     alone = sequence(7, max_new_tokens=length, seed=1)
     run(engine_for(model), alone)
@@ -91,8 +96,8 @@ def test_cached_decode_equals_the_reference_alone_and_among_fifteen(at: At, evid
 @torch.inference_mode()
 def test_a_row_has_the_same_bits_alone_and_in_a_crowd(model: Transformer) -> None:
     cache = KVCache(model.config, num_slots=16, device=model.device)
-    ids = torch.tensor(prompt(16))
-    at = torch.arange(16)
+    ids = torch.tensor(prompt(16), device=model.device)
+    at = torch.arange(16, device=model.device)
     view = cache.decode(at, at)
     crowd, _ = model.hidden(ids[:, None], at[:, None], view.layer)
     cache = KVCache(model.config, num_slots=16, device=model.device)
@@ -128,7 +133,7 @@ def test_events_come_in_order_and_end_once(model: Transformer) -> None:
 def test_the_routing_of_a_token_is_that_of_the_position_it_was_drawn_from(model: Transformer) -> None:
     one = sequence(6, max_new_tokens=12, routed=True)
     events = run(engine_for(model), one)[one]
-    ids = torch.tensor([[*one.prompt_ids, *one.token_ids[:-1]]])
+    ids = torch.tensor([[*one.prompt_ids, *one.token_ids[:-1]]], device=model.device)
     _, routings = model(ids)
     for token in events[:-1]:
         assert isinstance(token, DrawnToken)
@@ -193,8 +198,8 @@ def test_an_expired_sequence_ends_as_timeout_and_frees_its_slot(model: Transform
     assert engine.expire() == ()
 
 
-def test_a_row_that_is_not_finite_ends_alone_and_its_slots_next_tenant_is_unharmed() -> None:
-    model = tiny_model().requires_grad_(False)
+def test_a_row_that_is_not_finite_ends_alone_and_its_slots_next_tenant_is_unharmed(device: torch.device) -> None:
+    model = tiny_model().requires_grad_(False).to(device)
     expected = sequence(9, seed=3, max_new_tokens=30)
     run(engine_for(model), expected)
 
@@ -217,8 +222,8 @@ def test_a_row_that_is_not_finite_ends_alone_and_its_slots_next_tenant_is_unharm
     assert all(0 < weight <= fed for weight in figures.gate_weight.sum(-1)), "a broken row's weight was summed"
 
 
-def test_a_row_that_breaks_while_decoding_balances_its_own_books() -> None:
-    model = tiny_model().requires_grad_(False)
+def test_a_row_that_breaks_while_decoding_balances_its_own_books(device: torch.device) -> None:
+    model = tiny_model().requires_grad_(False).to(device)
     engine = engine_for(model)
     one = sequence(9, seed=3, max_new_tokens=30)
     events = run(engine, one, steps=4)[one]
@@ -231,8 +236,8 @@ def test_a_row_that_breaks_while_decoding_balances_its_own_books() -> None:
     assert engine.figures().routed_tokens[:, 0].sum() == end.routed_tokens
 
 
-def test_a_prompt_that_was_left_half_read_harms_no_later_tenant() -> None:
-    model = tiny_model().requires_grad_(False)
+def test_a_prompt_that_was_left_half_read_harms_no_later_tenant(device: torch.device) -> None:
+    model = tiny_model().requires_grad_(False).to(device)
     poisoned = 64
     with torch.no_grad():
         model.embedding.weight[poisoned] = float("nan")
@@ -245,6 +250,133 @@ def test_a_prompt_that_was_left_half_read_harms_no_later_tenant() -> None:
     engine.end([victim], FinishReason.CANCELLED)
     run(engine, tenant)
     assert tenant.token_ids == expected.token_ids
+
+
+def disabled_mask(model: Transformer, disabled: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    mask = torch.zeros(1, model.config.num_layers, model.config.num_experts, dtype=torch.bool)
+    for layer, expert in disabled:
+        mask[0, layer, expert] = True
+    return mask.to(model.device)
+
+
+def test_disabled_experts_are_silent_for_their_request_alone(model: Transformer) -> None:
+    gone = ((0, 1), (1, 0), (1, 3))
+    neighbour = sequence(9, seed=3, max_new_tokens=40, routed=True)
+    expected = run(engine_for(model), neighbour)[neighbour]
+    params = SamplingParams(40, 0.8, seed=5, disabled_experts=gone)
+    without = Sequence(prompt(40, 5), params, return_routed_experts=True)
+    again = sequence(9, seed=3, max_new_tokens=40, routed=True)
+    events = run(engine_for(model), without, again)
+    reference = generate(
+        model, list(without.prompt_ids), 40, temperature=0.8, seed=5, disabled=disabled_mask(model, gone)
+    )
+    assert without.token_ids == reference
+    assert without.token_ids != generate(model, list(without.prompt_ids), 40, temperature=0.8, seed=5)
+    assert [ended(events[without]).expert_counts[layer][expert] for layer, expert in gone] == [0, 0, 0]
+    assert ended(events[without]).expert_counts[0][0] > 0
+    assert events[again][:-1] == expected[:-1], "a neighbour's experts were disabled as well"
+
+
+@torch.inference_mode()
+def test_log_probabilities_are_told_to_those_who_ask(model: Transformer) -> None:
+    params = SamplingParams(15, 1.3, seed=6)
+    none, own, some = (Sequence(prompt(7, 6), params, num_logprobs=count) for count in (None, 0, 4))
+    events = run(engine_for(model), none, own, some)
+    text = torch.tensor([[*some.prompt_ids, *some.token_ids]], device=model.device)
+    expected = model(text)[0][0].double().log_softmax(-1)[6:-1].cpu()
+    for row, (silent, single, token) in enumerate(zip(*(events[each][:-1] for each in (none, own, some)), strict=True)):
+        assert isinstance(silent, DrawnToken)
+        assert isinstance(single, DrawnToken)
+        assert isinstance(token, DrawnToken)
+        assert (silent.logprob, silent.top_logprobs) == (None, None)
+        assert (single.logprob, single.top_logprobs) == (token.logprob, ())
+        assert token.top_logprobs
+        assert token.logprob == pytest.approx(expected[row, token.token_id].item(), abs=1e-4)
+        ids, values = zip(*token.top_logprobs, strict=True)
+        assert values == pytest.approx(expected[row].topk(4).values.tolist(), abs=1e-4)
+        assert ids == tuple(expected[row].topk(4).indices.tolist())
+
+
+def test_a_stop_string_ends_a_sequence_and_is_not_told(model: Transformer) -> None:
+    def spelled(stop: tuple[str, ...] = ()) -> Sequence:
+        return Sequence(
+            prompt(5, 8), SamplingParams(60, 1.0, seed=8, stop=stop), spell=lambda each: chr(97 + each % 26)
+        )
+
+    def text_of(events: list[Event]) -> str:
+        return "".join(event.text for event in events if isinstance(event, DrawnToken))
+
+    plain = spelled()
+    text = text_of(run(engine_for(model), plain)[plain])
+    stopped = spelled((text[20:24], "no such text"))
+    events = run(engine_for(model), stopped)[stopped]
+    place = text.index(text[20:24])
+    assert text_of(events) == text[:place]
+    end = ended(events)
+    assert (end.reason, end.generated_tokens) == (FinishReason.STOP, place + 4)
+    assert end.routed_tokens == 5 + place + 4 - 1
+    to_the_end = spelled((text[-2:] + "never",))
+    assert text_of(run(engine_for(model), to_the_end)[to_the_end]) == text, "what was held back is told at the end"
+
+
+def test_a_sequence_that_nobody_reads_pauses_and_goes_on_where_it_was(model: Transformer) -> None:
+    expected = sequence(9, seed=3, max_new_tokens=50)
+    run(engine_for(model), expected)
+    engine = engine_for(model)
+    unread, other = sequence(9, seed=3, max_new_tokens=50), sequence(4, seed=1, max_new_tokens=30)
+    unread.max_unread = 10
+    run(engine, unread, other, steps=60)
+    assert (len(unread.token_ids), other.is_finished, engine.num_running) == (10, True, 1)
+    held_up = [engine.is_held_up]
+    assert engine.step().phase is None
+    unread.num_taken = 7
+    assert [*held_up, engine.is_held_up] == [True, False]
+    run(engine, steps=20)
+    assert len(unread.token_ids) == 17
+    unread.max_unread = None
+    run(engine)
+    assert unread.token_ids == expected.token_ids
+
+
+def test_a_reader_who_does_not_move_is_given_up_and_one_who_waits_too_long_is_told(model: Transformer) -> None:
+    now = [100.0]
+    counters = ExpertCounters(model.config, 1, model.device)
+    engine = Engine(TorchRunner(model, 1, counters), Scheduler(1, 16), counters, clock=lambda: now[0])
+    unread = Sequence(prompt(3), SamplingParams(1000), max_unread=2, created_at=100.0)
+    waiting = Sequence(prompt(3), SamplingParams(1000), queue_deadline_s=14.0, created_at=100.0)
+    for one in (unread, waiting):
+        engine.add(one)
+    for _ in range(5):
+        engine.step()
+    assert engine.expire() == ()
+    now[0] += 14
+    ((ended_first, events),) = engine.expire()
+    assert (ended_first, ended(list(events)).reason) == (waiting, FinishReason.QUEUE_TIMEOUT)
+    unread.num_taken = 1
+    assert engine.expire() == (), "it moves"
+    unread.num_taken = 0
+    assert engine.expire() == ()
+    now[0] += 14.9
+    assert engine.expire() == ()
+    now[0] += 0.1
+    ((ended_second, events),) = engine.expire()
+    assert (ended_second, ended(list(events)).reason) == (unread, FinishReason.STALLED)
+
+
+def test_the_probe_finds_a_runner_out_whose_rows_look_at_each_other(model: Transformer) -> None:
+    class Nosy(TorchRunner):
+        @torch.inference_mode()
+        def run(self, batch: Batch, steps: int) -> Drawn | None:
+            drawn = super().run(batch, steps)
+            if drawn and drawn.logprobs and isinstance(batch, DecodeBatch):
+                drawn.logprobs[0].add_(1e-15 * batch.num_tokens)
+            return drawn
+
+    def runner(kind: type[TorchRunner]) -> TorchRunner:
+        return kind(model, 16, ExpertCounters(model.config, 16, model.device))
+
+    assert find_row_multiple(runner(TorchRunner), 16, 65) == 4
+    assert find_row_multiple(runner(Nosy), 16, 65) is None
 
 
 def test_a_stranger_cannot_be_ended(model: Transformer) -> None:
