@@ -31,8 +31,8 @@ LAST_EVENT_ID: Final = {
 EVENT_STREAM: Final = {
     "itemSchema": {  # as FastAPI describes its own streams
         "type": "object",
-        "description": "start (id, model, seed, params, usage.prompt_tokens, prompt_used), a token (TokenBody) for "
-        "each token, then one done (GenerateAnswer without id, model, params and tokens) or one error (ErrorBody and code)",
+        "description": "start (id, model, seed, params, usage.prompt_tokens, prompt_used), then token (TokenBody) for "
+        "each token, then done (GenerateAnswer without id, model, params and tokens) or error (ErrorBody and code)",
         "properties": {
             "event": {"enum": ["start", "token", "done", "error"]},
             "id": {"type": "string", "pattern": "^[0-9a-f]{12}:(-1|[0-9]{1,9})$"},

@@ -11,7 +11,7 @@ from typing import Any, Final
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.engine.sequence import DrawnToken, Ended, Event, FinishReason
+from service.engine.sequence import BY_ITSELF, DrawnToken, Ended, Event, FinishReason
 from service.errors import ApiError
 from service.exchange import TokenStream
 
@@ -115,8 +115,8 @@ def error_of(ended: Ended) -> ApiError | None:
 
 
 def raise_if_refused(first: Event) -> None:
-    """A sequence that ends before its first token gets a real status. Raises ApiError."""
-    if isinstance(first, Ended):
+    """A sequence that is cut off before its first token gets a real status. Raises ApiError."""
+    if isinstance(first, Ended) and first.reason not in BY_ITSELF:  # an empty text is all there is before a stop string
         raise error_of(first) or ApiError("timeout")
 
 

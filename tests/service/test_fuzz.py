@@ -207,16 +207,18 @@ class Sent:
         return b"\r\n".join([b"POST /generate HTTP/1.1", *own, *self.headers, b"", self.content])
 
 
-PROMPTS = st.text(CHARACTERS, max_size=200)
 GOOD = {
-    "prompt": PROMPTS,
+    "prompt": st.text(CHARACTERS, max_size=200),
     "max_new_tokens": st.integers(1, MAX_NEW_TOKENS),
     "temperature": st.sampled_from([0, -0.0, 0.01, 1, 2]) | st.floats(0.01, 2),
     "top_k": st.integers(0, len(CHARACTERS)),
     "top_p": st.floats(0, 1, exclude_min=True),
     "min_p": st.floats(0, 1),
     "seed": st.integers(0, 2**63 - 1),
-    "stop": st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=64), max_size=4),
+    "stop": st.lists(
+        st.sampled_from(CHARACTERS) | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=64),
+        max_size=4,
+    ),
     "logprobs": st.integers(0, 10),
     "disabled_experts": st.lists(
         st.tuples(st.integers(0, TINY["num_layers"] - 1), st.integers(0, TINY["num_experts"] - 1)), max_size=2
@@ -267,7 +269,7 @@ def spelt(pairs: list[tuple[str, str]]) -> str:
 
 
 def good_fields() -> st.SearchStrategy[dict[str, Any]]:
-    required = {name: GOOD[name] for name in ("prompt", "max_new_tokens")}
+    required = {name: GOOD[name] for name in ("prompt", "max_new_tokens", "seed")}
     return st.fixed_dictionaries(
         required, optional={name: value | st.none() for name, value in GOOD.items() if name not in required}
     )
