@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -80,6 +81,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._engine.phase is EnginePhase.READY and not self._is_announced:
             self._is_announced = True
+            gc.freeze()  # what is loaded stays: looking through it for garbage would hold up every stream
             announce(self._listener)
         self.should_exit = self.should_exit or self._is_done()
         if counter % TICKS_PER_LOOK == 0:

@@ -115,8 +115,8 @@ def error_of(ended: Ended) -> ApiError | None:
 
 
 def raise_if_refused(first: Event) -> None:
-    """A sequence that is cut off before its first token gets a real status. Raises ApiError."""
-    if isinstance(first, Ended) and first.reason not in BY_ITSELF:  # an empty text is all there is before a stop string
+    """A sequence that ends before its first token gets a real status. Raises ApiError."""
+    if isinstance(first, Ended) and first.reason not in BY_ITSELF:
         raise error_of(first) or ApiError("timeout")
 
 

@@ -63,6 +63,46 @@ def test_the_seed_that_was_drawn_makes_the_same_text_again(server: Server) -> No
     assert server.answer(max_new_tokens=60)["seed"] != first["seed"]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_string_ends_the_text_and_is_not_part_of_it(server: Server, stream: bool) -> None:
+    def end_of(stop: list[str]) -> dict[str, Any]:
+        asked: dict[str, Any] = {"max_new_tokens": 60, "seed": 9, "stop": stop}
+        if not stream:
+            return server.answer(**asked)
+        events = server.events(**asked)
+        assert "".join(token["text"] for token in data(events, "token")) == only(events, "done")["text"]
+        return only(events, "done")
+
+    text = end_of([])["text"]
+    stop = text[30:34]
+    end = end_of([stop, "$$$"])
+    assert (end["finish_reason"], end["text"]) == ("stop", text[: text.index(stop)])
+    assert end["usage"]["generated_tokens"] == text.index(stop) + 4
+    at_once = end_of([text[0]])
+    assert (at_once["finish_reason"], at_once["text"], at_once["usage"]["generated_tokens"]) == ("stop", "", 1)
+
+
+def test_log_probabilities_come_with_alternatives_in_both_kinds_of_answer(server: Server) -> None:
+    asked: dict[str, Any] = {"max_new_tokens": 5, "seed": 9, "logprobs": 3}
+    tokens = server.answer(**asked)["tokens"]
+    assert tokens == data(server.events(**asked), "token")
+    vocabulary = server.client.get("/info").json()["vocabulary"]
+    for token in tokens:
+        assert [vocabulary[each["token_id"]] for each in token["top_logprobs"]] == [
+            each["text"] for each in token["top_logprobs"]
+        ]
+        best = [each["logprob"] for each in token["top_logprobs"]]
+        assert len(best) == 3
+        assert best == sorted(best, reverse=True)
+        assert token["logprob"] <= best[0] < 0
+
+
+def test_a_disabled_expert_does_no_work(server: Server) -> None:
+    counts = server.answer(max_new_tokens=30, seed=1, disabled_experts=[[0, 2], [1, 0]])["routing"]["counts"]
+    assert (counts[0][2], counts[1][0]) == (0, 0)
+    assert min(server.answer(max_new_tokens=30, seed=1)["routing"]["counts"][0]) > 0
+
+
 def test_an_empty_prompt_starts_from_a_newline(server: Server) -> None:
     empty, newline = (server.answer(prompt, max_new_tokens=10, seed=4) for prompt in ("", "\n"))
     assert empty["text"] == newline["text"]
