@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, Final
 
 from service.errors import KINDS
-from service.schemas import ErrorBody
+from service.schemas import Body, ErrorBody, Limits, body_schema
 
 STATUSES_ANYWHERE: Final = (400, 408, 431, 500)
 """What any address may answer, whatever was asked."""
+GENERATING: Final = (401, 409, 413, 415, 421, 422, 429, 503, 504)
+"""What a request for text may be refused with, beside those."""
 Answers = dict[int | str, dict[str, Any]]
 
 _REQUEST_ID: Final = {
@@ -28,7 +30,7 @@ LAST_EVENT_ID: Final = {
     "stream goes on after that token",
     "schema": {"type": "string", "pattern": "^[0-9a-f]{12}:(-1|[0-9]{1,9})$"},
 }
-EVENT_STREAM: Final = {
+EVENTS: Final = {
     "itemSchema": {  # as FastAPI describes its own streams
         "type": "object",
         "description": "start (id, model, seed, params, usage.prompt_tokens, prompt_used), then token (TokenBody) for "
@@ -41,7 +43,22 @@ EVENT_STREAM: Final = {
         "required": ["event", "id", "data"],
     }
 }
+CHUNKS: Final = {
+    "itemSchema": {
+        "type": "object",
+        "description": "CompletionAnswer for each token, then one with finish_reason, one with the usage if that is "
+        "to be included, and [DONE]; after a chunk with an error (ErrorBody) nothing more",
+        "properties": {"data": {"type": "string"}},
+        "required": ["data"],
+    }
+}
 TEXT: Final = {"schema": {"type": "string"}}
+
+
+def describe_body(kind: type[Body], limits: Limits, **example: object) -> dict[str, Any]:
+    """For a body that a handler reads by itself."""
+    content = {"schema": body_schema(kind, limits), "example": example}
+    return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
 def answers(

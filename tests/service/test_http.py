@@ -30,7 +30,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     [
         ("GET", "/nowhere", 404, "not_found"),
         ("POST", "/nowhere", 404, "not_found"),
-        ("GET", "/v1/completions", 404, "not_found"),
+        ("GET", "/v1/completions", 405, "method_not_allowed"),
         ("GET", "/generate", 405, "method_not_allowed"),
         ("GET", "/livez/", 404, "not_found"),
         ("POST", "/generate/", 404, "not_found"),
