@@ -78,3 +78,13 @@ def _refusal(status: int) -> dict[str, Any]:
     if any(kind.retry_after_s is not None for kind in kinds.values()):
         headers["Retry-After"] = _RETRY_AFTER
     return {"description": "; ".join(f"`{code}`: {kind.message}" for code, kind in kinds.items()), "headers": headers}
+
+
+def whole_numbers(document: Any) -> Any:
+    """The document with its integers as such: FastAPI makes floats of limits, and 2^63 as 9.223372036854776e+18 is not
+    even the same number to everybody."""
+    if isinstance(document, dict):
+        return {name: whole_numbers(part) for name, part in document.items()}
+    if isinstance(document, list):
+        return [whole_numbers(part) for part in document]
+    return int(document) if isinstance(document, float) and document.is_integer() else document

@@ -199,7 +199,7 @@ def body_schema(kind: type[Body], limits: Limits) -> dict[str, Any]:
     if "temperature" in fields:  # a range of JSON Schema has no gap
         warm = {"type": "number", "minimum": MIN_TEMPERATURE, "maximum": 2}
         fields["temperature"]["anyOf"][:1] = [{"const": 0}, warm]
-    if "seed" in fields:  # readers that take numbers for floats can write 2^63, but not 2^63 - 1
+    if "seed" in fields:  # FastAPI makes floats of limits: 2^63 is one, 2^63 - 1 is not
         fields["seed"]["anyOf"][0] = {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**63}
     if "disabled_experts" in fields:
         fields["disabled_experts"]["anyOf"][0]["items"] = _pair_schema(limits.model)

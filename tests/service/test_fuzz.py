@@ -27,7 +27,7 @@ from schemathesis.generation.drivers import CoverageGenerator
 from schemathesis.generation.feedback import NO_FEEDBACK
 from schemathesis.generation.overrides import Override
 from schemathesis.schemas import APIOperation
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from tests.checkpoints import CHARACTERS, TINY
 from tests.evidence import At, Evidence
@@ -38,6 +38,7 @@ AnyCase = schemathesis.Case[Any]
 
 PATIENCE_S = 10.0
 MAX_NEW_TOKENS = 8
+MAX_BODY_BYTES = 65_536
 ALL_SORTS = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -149,11 +150,12 @@ def is_meant_to_be_right(case: AnyCase) -> bool:
 
 
 def make_possible(case: AnyCase, fingerprint: str) -> None:
-    """Two things that JSON Schema cannot say: 1.0 is no integer, and a stream goes on only where it could have been."""
-    if isinstance(case.body, dict):
-        case.body = as_javascript_writes(case.body)
+    """What JSON Schema cannot say: 1.0 is no integer, there is one model, a stream goes on where it could have been."""
+    body: Any = as_javascript_writes(case.body)
+    if isinstance(body, dict):
+        case.body = {**body, "model": "tiny"} if "model" in body else body
     event_id = case.headers.pop("Last-Event-ID", None)
-    if event_id is not None and isinstance(case.body, dict) and can_go_on(case.body):
+    if event_id is not None and isinstance(body, dict) and can_go_on(body):
         case.headers["Last-Event-ID"] = f"{fingerprint}:0"
 
 
@@ -172,6 +174,8 @@ def as_javascript_writes(value: Any) -> Any:
 def beyond_the_document(case: AnyCase, response: Any) -> list[Any]:
     """The checks that a refusal is excused from: those which depend on vocabulary, experts and the machine's speed."""
     body: Any = case.body
+    if response.status_code == 413 and len(response.request.body) > MAX_BODY_BYTES:  # 8,192 characters, each escaped
+        return [positive_data_acceptance, negative_data_rejection]
     if not isinstance(body, dict) or response.status_code not in (422, 504):
         return []
     error = response.json()["error"]
