@@ -26,6 +26,7 @@ from service.guard import METRICS_PATH, PROBES, CrossOrigin, Guard, Hosts, split
 from service.metrics import EngineCollector, Metrics
 from service.middleware import RequestScope
 from service.openai import OpenAIRoutes
+from service.reference import whole_numbers
 from service.routes import Routes
 from service.schemas import Limits
 from service.settings import Settings
@@ -70,6 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(OpenAIRoutes(card, admission).router())
     add_docs(app, PAGE / "docs.html")
     app.frontend("/", directory=PAGE, fallback=None)
+    app.openapi_schema = whole_numbers(app.openapi())  # kept until another route is added
     _add_safety(app, settings, metrics)
     app.state.engine = engine
     return app

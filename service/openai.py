@@ -19,7 +19,8 @@ from service.body import MAX_BODY_BYTES
 from service.card import ModelCard
 from service.engine.sequence import DrawnToken, Ended, Event, FinishReason
 from service.errors import ApiError
-from service.routes import REFUSALS, STREAM, describe_body, respond
+from service.reference import CHUNKS, GENERATING, answers, describe_body
+from service.routes import respond
 from service.schemas import Limits, StopString, Text, TextBody, TokenIds, parse_body
 from service.streaming import Generation, data_event, error_of, weights_of
 
@@ -253,19 +254,23 @@ class OpenAIRoutes:
         self._model = ModelEntry(id=card.manifest.name, created=card.written_at)
 
     def router(self) -> APIRouter:
-        router = APIRouter(prefix="/v1", responses=REFUSALS)
+        router = APIRouter(prefix="/v1")
         router.add_api_route(
             "/completions",
             self.complete,
             methods=["POST"],
             response_model=CompletionAnswer,
-            responses=STREAM,
+            responses=answers(404, *GENERATING, content={"text/event-stream": CHUNKS}),
             openapi_extra=describe_body(
                 CompletionBody, self._admission.limits, model=self._model.id, prompt="ROMEO:", max_tokens=64
             ),
         )
-        router.add_api_route("/models", self.models, methods=["GET"], response_model=ModelList)
-        router.add_api_route("/models/{model}", self.model, methods=["GET"], response_model=ModelEntry)
+        router.add_api_route(
+            "/models", self.models, methods=["GET"], response_model=ModelList, responses=answers(401, 421)
+        )
+        router.add_api_route(
+            "/models/{model}", self.model, methods=["GET"], response_model=ModelEntry, responses=answers(401, 404, 421)
+        )
         router.add_api_route("/chat/completions", self.chat, methods=["POST"], include_in_schema=False)
         return router
 

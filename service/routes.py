@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from functools import partial
-from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -16,25 +15,23 @@ from service.engine.thread import EnginePhase, EngineThread
 from service.errors import ApiError
 from service.exchange import refresh_figures
 from service.metrics import Metrics
+from service.reference import EVENTS, GENERATING, LAST_EVENT_ID, TEXT, answers, describe_body
 from service.schemas import (
     MAX_PROMPT_CHARACTERS,
     AnyTextBody,
     BatchInvariance,
-    Body,
     DefaultsInfo,
     DetokenizeAnswer,
     DetokenizeBody,
-    ErrorBody,
     GenerateAnswer,
     GenerateBody,
     Health,
     Info,
-    Limits,
     LimitsInfo,
+    NotReady,
     TokenizeAnswer,
     TokenizeBody,
     Versions,
-    body_schema,
     parse_body,
 )
 from service.settings import Settings
@@ -42,18 +39,6 @@ from service.streaming import Dialect, EventStream, Transcript, collect, raise_i
 
 FIGURES_WAIT_S = 0.5
 ANSWERING = frozenset({EnginePhase.READY, EnginePhase.DRAINING})
-REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
-    "default": {"model": ErrorBody, "description": "Refused, or failed"}
-}
-STREAM: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-}
-
-
-def describe_body(kind: type[Body], limits: Limits, **example: object) -> dict[str, Any]:
-    """What the OpenAPI schema says of a body that a handler reads by itself."""
-    described = {"schema": body_schema(kind, limits), "example": example}
-    return {"requestBody": {"required": True, "content": {"application/json": described}}}
 
 
 async def respond(
@@ -94,22 +79,27 @@ class Routes:
         self._version = version
 
     def router(self) -> APIRouter:
-        router = APIRouter(responses=REFUSALS)
+        router = APIRouter()
         limits = self._admission.limits
         router.add_api_route(
             "/generate",
             self.generate,
             methods=["POST"],
             response_model=GenerateAnswer,
-            responses=STREAM,
-            openapi_extra=describe_body(GenerateBody, limits, prompt="ROMEO:", max_new_tokens=64),
+            responses=answers(*GENERATING, content={"text/event-stream": EVENTS}),
+            openapi_extra={
+                "parameters": [LAST_EVENT_ID],
+                **describe_body(GenerateBody, limits, prompt="ROMEO:", max_new_tokens=64),
+            },
         )
+        reading = answers(401, 413, 415, 421, 422)
         router.add_api_route(
             "/tokenize",
             self.tokenize,
             methods=["POST"],
             response_model=TokenizeAnswer,
             response_model_exclude_none=True,
+            responses=reading,
             openapi_extra=describe_body(TokenizeBody, limits, prompt="ROMEO:"),
         )
         router.add_api_route(
@@ -117,12 +107,17 @@ class Routes:
             self.detokenize,
             methods=["POST"],
             response_model=DetokenizeAnswer,
+            responses=reading,
             openapi_extra=describe_body(DetokenizeBody, limits, tokens=[0, 1, 2]),
         )
-        router.add_api_route("/info", self.info, methods=["GET"], response_model=Info)
-        router.add_api_route("/livez", self.livez, methods=["GET"], response_model=Health)
-        router.add_api_route("/readyz", self.readyz, methods=["GET"], response_model=Health)
-        router.add_api_route("/metrics", self.metrics, methods=["GET"], response_class=Response)
+        router.add_api_route("/info", self.info, methods=["GET"], response_model=Info, responses=answers(401, 421))
+        probe = answers(503, shape=NotReady)
+        router.add_api_route("/livez", self.livez, methods=["GET"], response_model=Health, responses=probe)
+        router.add_api_route("/readyz", self.readyz, methods=["GET"], response_model=Health, responses=probe)
+        formats = {"text/plain": TEXT, "application/openmetrics-text": TEXT}
+        router.add_api_route(
+            "/metrics", self.metrics, methods=["GET"], response_class=Response, responses=answers(401, content=formats)
+        )
         return router
 
     async def generate(self, request: Request) -> Response:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from model.config import ModelConfig
-from service.errors import ApiError
+from service.errors import KINDS, ApiError
 
 MAX_PROMPT_CHARACTERS = 8192
 DEFAULT_NEW_TOKENS = 256
@@ -196,7 +196,29 @@ def body_schema(kind: type[Body], limits: Limits) -> dict[str, Any]:
             fields[name]["anyOf"][0]["maximum"] = limits.most(field)
         if field == "max_new_tokens":
             fields[name]["default"] = min(fields[name]["default"], limits.max_new_tokens)
+    if "temperature" in fields:  # a range of JSON Schema has no gap
+        warm = {"type": "number", "minimum": MIN_TEMPERATURE, "maximum": 2}
+        fields["temperature"]["anyOf"][:1] = [{"const": 0}, warm]
+    if "seed" in fields:  # FastAPI makes floats of limits: 2^63 is one, 2^63 - 1 is not
+        fields["seed"]["anyOf"][0] = {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**63}
+    if "disabled_experts" in fields:
+        fields["disabled_experts"]["anyOf"][0]["items"] = _pair_schema(limits.model)
+    _limit_token_ids(schema, limits.model.vocab_size - 1)
     return schema
+
+
+def _pair_schema(model: ModelConfig) -> dict[str, Any]:
+    ends = (model.num_layers - 1, model.num_experts - 1)
+    pair = [{"type": "integer", "minimum": 0, "maximum": end} for end in ends]
+    return {"type": "array", "prefixItems": pair, "items": False, "minItems": 2}
+
+
+def _limit_token_ids(schema: Any, most: int) -> None:
+    """The only plain integers in a list are token ids."""
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _limit_token_ids(part, most)
+    if isinstance(schema, dict) and schema.get("items") == {"type": "integer"}:
+        schema["items"] = {"type": "integer", "minimum": 0, "maximum": most}
 
 
 def _or_null(field: dict[str, Any]) -> dict[str, Any]:
@@ -243,8 +265,8 @@ def _refusal(error: ValidationError, names: Iterable[str]) -> ApiError:
 
 
 class ErrorDetail(BaseModel):
-    type: str
-    code: str
+    type: str = Field(json_schema_extra={"enum": [*sorted({kind.type for kind in KINDS.values()})]})
+    code: str = Field(json_schema_extra={"enum": [*sorted(KINDS)]})
     message: str
     param: str | None
     request_id: str
@@ -385,3 +407,7 @@ class Info(BaseModel):
 class Health(BaseModel):
     phase: str
     elapsed_s: float
+
+
+class NotReady(ErrorBody, Health):
+    """A probe's answer with a status of 503."""

@@ -8,12 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.evidence import Evidence
+from tests.examples import examples_of
 from tests.service.serving import Server
 from training.corpora import Corpus
 
@@ -25,14 +25,12 @@ needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="no curl on thi
 
 
 def block(language: str, index: int = 0) -> str:
-    return str(re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)[index])
+    return [example.code for example in examples_of(ROOT / "README.md") if example.language == language][index]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("readme") / "log").wait_until_ready()
-    yield server
-    server.stop()
+def server(shipped: Server) -> Server:
+    return shipped
 
 
 def streamed(curl_output: str) -> str:
