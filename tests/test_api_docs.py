@@ -42,7 +42,7 @@ def test_the_page_has_examples() -> None:
 def test_an_example_prints_what_the_page_shows(shipped: Server, example: Example) -> None:
     printed = example.run(shipped.port)
     if example.output is None:
-        assert len(printed) == 200  # the tokens that it asks for
+        assert len(printed) == 100  # the tokens that it asks for
     else:
         assert example.shows(printed), printed
 
@@ -52,7 +52,7 @@ def test_the_client_of_the_page_goes_on_after_its_connection_broke(shipped: Serv
     seeded = Example(
         client.line, client.language, client.code.replace('"ROMEO:\\n", ', '"ROMEO:\\n", "seed": 7, '), None
     )
-    with proxy_that_breaks(shipped.port, after_bytes=[700, 4000, 4001]) as (port, connections):
+    with proxy_that_breaks(shipped.port, after_bytes=[700, 2000, 2001]) as (port, connections):
         printed = seeded.run(port)
     assert len(connections) == 4
     assert printed == seeded.run(shipped.port)

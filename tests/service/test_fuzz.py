@@ -183,7 +183,7 @@ def beyond_the_document(case: AnyCase, response: Any) -> list[Any]:
         return [positive_data_acceptance]
     if error["param"] == "disabled_experts" and "must leave at least" in error["message"]:
         return [positive_data_acceptance]
-    if error["code"] == "timeout" and (body.get("timeout_s") or PATIENCE_S) < PATIENCE_S:
+    if error["code"] in ("timeout", "queue_timeout") and (body.get("timeout_s") or PATIENCE_S) < PATIENCE_S:
         return [not_a_server_error]
     return []
 
