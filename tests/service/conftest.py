@@ -40,10 +40,15 @@ def start_server(checkpoint: Path, tmp_path: Path) -> Iterator[StartServer]:
     """Starts one with flags of the test's own; it is not waited for."""
     started: list[Server] = []
 
-    def start(*flags: object, stdout: int | IO[str] = subprocess.PIPE, port: int | None = None) -> Server:
+    def start(
+        *flags: object,
+        stdout: int | IO[str] = subprocess.PIPE,
+        port: int | None = None,
+        module: str = "service",
+    ) -> Server:
         log = tmp_path / f"log-{len(started)}"
         flags = ("--checkpoint", checkpoint, "--threads", 1, "--max-new-tokens", FOR_EVER, *flags)
-        started.append(Server(log, *flags, stdout=stdout, port=port))
+        started.append(Server(log, *flags, stdout=stdout, port=port, module=module))
         return started[-1]
 
     yield start

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
@@ -70,9 +72,14 @@ async def ask(
     leave: Callable[[Told], bool] = lambda told: False,
 ) -> Told:
     """Ask and listen until the answer is complete, the connection breaks or ``leave`` says so (then it is reset)."""
+    return await say(port, request(body, last_event_id), leave=leave)
+
+
+async def say(port: int, content: bytes, *, leave: Callable[[Told], bool] = lambda told: False) -> Told:
+    """The same with a request of whatever bytes."""
     told = Told()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
-    writer.write(request(body, last_event_id))
+    writer.write(content)
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         told.status = int(head[0].split()[1])
@@ -97,6 +104,24 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncI
         return
     while size := int(await reader.readline() or b"0", 16):
         yield (await reader.readexactly(size + 2))[:-2]
+
+
+def narrow_connection(port: int) -> socket.socket:
+    """One that holds little: the kernel keeps 50 to 100 kB for who does not read, where it would keep 4 MB."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # the sender's buffer grows with this
+    connection.connect(("127.0.0.1", port))
+    return connection
+
+
+def hold_connections(port: int) -> None:
+    """The life of a child process: sends each request that comes on standard input, in hex, and never reads."""
+    held = []
+    for line in sys.stdin:
+        held.append(narrow_connection(port))
+        held[-1].sendall(bytes.fromhex(line))
+        print(flush=True)
 
 
 async def at_once(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -32,8 +32,8 @@ def free_port() -> int:
         return port
 
 
-def command(*flags: object) -> list[str]:
-    return [sys.executable, "-m", "service", *map(str, flags)]
+def command(*flags: object, module: str = "service") -> list[str]:
+    return [sys.executable, "-m", module, *map(str, flags)]
 
 
 def run_to_the_end(*flags: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -48,14 +48,19 @@ class Server:
     """The process. Its log goes to a file, so that it never waits for a reader."""
 
     def __init__(
-        self, log: Path, *flags: object, stdout: int | IO[str] = subprocess.PIPE, port: int | None = None
+        self,
+        log: Path,
+        *flags: object,
+        stdout: int | IO[str] = subprocess.PIPE,
+        port: int | None = None,
+        module: str = "service",
     ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                command("--port", self.port, *flags), cwd=ROOT, stdout=stdout, stderr=file, text=True
+                command("--port", self.port, *flags, module=module), cwd=ROOT, stdout=stdout, stderr=file, text=True
             )
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
 
@@ -122,6 +127,18 @@ class Server:
 
     def metrics(self) -> "Samples":
         return Samples.parse(self.client.get("/metrics").text)
+
+    @property
+    def own_memory(self) -> int:
+        """Bytes of RssAnon and VmSwap: what it holds that is in no file."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * sum(int(size) for size in re.findall(r"^(?:RssAnon|VmSwap):\s+(\d+) kB", status, re.MULTILINE))
+
+    @property
+    def cpu_seconds(self) -> float:
+        """All its threads have used so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def wait_for(self, **gauges: float) -> None:
         """Until the gauges ``moescope_<name>`` have these values."""

@@ -1,8 +1,10 @@
 """SIGTERM and Ctrl-C: those who run may finish, those who wait are told, nobody hangs, and the exit code is 0."""
 
+import asyncio
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ from service import server as edge
 from service.app import create_app
 from service.protocol import Bounds
 from service.settings import read_settings
+from tests.evidence import At, Evidence
 from tests.service.conftest import StartServer
-from tests.service.serving import FOR_EVER, parse_events
+from tests.service.crowd import Told, ask
+from tests.service.serving import FOR_EVER, Server, parse_events
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -39,6 +43,52 @@ def test_streams_end_with_one_event_and_what_waits_with_a_503(
     assert server.exit_code() == 0
     assert "Traceback" not in server.log
     assert '"level": "error"' not in server.log
+
+
+def test_sigterm_with_32_streams_in_flight_ends_each_once_and_the_quick_ones_complete(
+    start_server: StartServer, at: At, evidence: Evidence
+) -> None:
+    grace_s, quick, endless = at(2, 4), at(50, 100), [FOR_EVER] * 16
+    drains = [
+        asyncio.run(drain_in_flight(start_server("--slots", 32, "--grace-s", grace_s), [*endless, *[quick] * 16]))
+        for _ in range(at(1, 20))
+    ]
+    lengths = [len(told.arrived) for drained in drains for told in drained]
+    for drained in drains:
+        ends = [told.ends for told in drained]
+        assert {len(each) for each in ends} == {1}
+        assert [told.events[-1] for told in drained] == [each[0] for each in ends], "and nothing comes after it"
+        assert [(name, end["code"]) for ((name, end),) in ends[:16]] == [("error", "shutdown")] * 16
+        assert [(name, end["usage"]["generated_tokens"]) for ((name, end),) in ends[16:]] == [("done", quick)] * 16
+        assert all(told.text == end["text"] for told, ((_, end),) in zip(drained[16:], ends[16:], strict=True))
+    evidence("drains with exit code 0", len(drains))
+    evidence("streams ended once, half of them complete", len(lengths))
+    evidence("tokens of the longest that was cut off", max(lengths))
+
+
+async def drain_in_flight(server: Server, lengths: list[int]) -> list[Told]:
+    """SIGTERM as soon as every stream has a token and none its end; what each of them heard."""
+    in_flight: dict[int, int] = {}
+    all_flow = asyncio.Event()
+    await asyncio.to_thread(server.wait_until_ready)
+
+    def listen(number: int, told: Told) -> bool:
+        in_flight[number] = len(told.arrived)
+        if len(in_flight) == len(lengths) and all(in_flight.values()):
+            all_flow.set()
+        return False
+
+    streams = [
+        asyncio.create_task(ask(server.port, {"max_new_tokens": length}, leave=partial(listen, number)))
+        for number, length in enumerate(lengths)
+    ]
+    await all_flow.wait()
+    assert all(in_flight[number] < length for number, length in enumerate(lengths))
+    server.signal(signal.SIGTERM)
+    drained = list(await asyncio.gather(*streams))
+    assert server.exit_code() == 0
+    assert "Traceback" not in server.log
+    return drained
 
 
 def test_a_stream_that_ends_within_the_grace_time_is_complete(start_server: StartServer) -> None:

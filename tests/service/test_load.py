@@ -1,0 +1,327 @@
+"""Under load, for long and beyond what can be served: nothing grows, streams flow, and a refusal is honest."""
+
+import asyncio
+import itertools
+import random
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Final
+
+import pytest
+
+from tests.evidence import At, Evidence
+from tests.service.conftest import StartServer
+from tests.service.crowd import Told, ask, at_once, in_turn, request, say
+from tests.service.serving import FOR_EVER, Server
+
+MIB: Final = 2**20
+ENDLESS: Final = {"max_new_tokens": FOR_EVER}
+SHIPPED: Final = Path(__file__).parents[2] / "checkpoints" / "shakespeare"
+
+# What the mix is made of, with the statuses that are right for it.
+GOOD: Final[list[dict[str, Any]]] = [
+    {"prompt": "ROMEO:", "max_new_tokens": 12},
+    {"max_new_tokens": 12, "stream": False},
+    {"prompt": "To be", "max_new_tokens": 30, "stop": ["e", "th", "\n\n"]},
+    {"prompt": "To be", "max_new_tokens": 30, "stop": ["xyzzy"], "stream": False},
+    {"max_new_tokens": 8, "logprobs": 10, "return_routed_experts": True},
+    {"max_new_tokens": 8, "logprobs": 0, "return_routed_experts": True, "stream": False},
+    {"max_new_tokens": 8, "disabled_experts": [[0, 1], [2, 3]], "temperature": 0},
+    {"max_new_tokens": 8, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": 2**63 - 1},
+    {"prompt": "\u201cCaf\u00e9\u201d", "unknown_characters": "fold", "max_new_tokens": 4},
+    {"prompt": "a" * 700, "max_new_tokens": 1},
+]
+INVALID: Final[list[dict[str, Any]]] = [
+    {"prompt": "\u2205 \u00e9"},
+    {"max_new_tokens": True},
+    {"unknown": 1},
+    {"stop": ["a"] * 5},
+    {"prompt": "a" * 8193},
+    {"disabled_experts": [[0, 0], [0, 1], [0, 2]]},
+]
+NOT_HTTP_ENOUGH: Final[list[tuple[bytes, int]]] = [
+    (b"NONSENSE\r\n\r\n", 400),
+    (b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+    (b"GET /generate HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
+    (request({}).replace(b"application/json", b"text/plain"), 415),
+    (request({"prompt": "a" * 70_000}), 413),
+    (request({}).replace(b'{"', b"{x"), 400),
+]
+CUT_OFF: Final[list[dict[str, Any]]] = [ENDLESS, {**ENDLESS, "stream": False}]
+
+
+def test_mixed_requests_by_the_thousand_leave_the_memory_as_it_was(server: Server, at: At, evidence: Evidence) -> None:
+    asyncio.run(mixed(server.port, range(at(200, 1_500))))
+    before = server.own_memory
+    asked = range(at(400, 20_000))
+    began = time.monotonic()
+    answers = asyncio.run(mixed(server.port, asked))
+    server.wait_for(requests_running=0, requests_queued=0)
+    growth = (server.own_memory - before) / MIB
+    assert growth <= 16
+    assert sum(answers.values()) == len(asked)
+    evidence("requests", len(asked))
+    evidence(
+        "answers by status (0: the client left)", ", ".join(f"{status} {n:,}" for status, n in sorted(answers.items()))
+    )
+    evidence("requests per second", len(asked) / (time.monotonic() - began))
+    evidence("MiB of RssAnon and VmSwap gained", growth)
+
+
+async def mixed(port: int, numbers: Iterable[int]) -> Counter[int]:
+    """So many requests, sixteen at a time; each is checked. How often there was which status."""
+    left = iter(numbers)
+    statuses: Counter[int] = Counter()
+
+    async def client() -> None:
+        for number in left:
+            statuses[await one_of_the_mix(port, random.Random(number))] += 1
+
+    await at_once(client() for _ in range(16))
+    return statuses
+
+
+async def one_of_the_mix(port: int, dice: random.Random) -> int:
+    kind = dice.random()
+    if kind < 0.6:
+        body = dice.choice(GOOD)
+        told = await ask(port, body)
+        assert told.status == 200
+        assert is_complete(told) if body.get("stream", True) else told.json["finish_reason"] in ("length", "stop")
+    elif kind < 0.75:
+        told = await ask(port, dice.choice(INVALID))
+        assert told.status == 422
+    elif kind < 0.85:
+        content, status = dice.choice(NOT_HTTP_ENOUGH)
+        told = await say(port, content)
+        assert told.status == status
+    elif kind < 0.9:  # over before or after its first token
+        told = await ask(port, {**ENDLESS, "prompt": "a" * 2000, "timeout_s": 0.1})
+        assert told.status == 504 or told.ends[0][1]["finish_reason"] == "timeout"
+    elif kind < 0.95:
+        told = await ask(port, ENDLESS, leave=lambda told: len(told.arrived) > 3)
+        assert told.status == 200
+    else:
+        try:
+            told = await asyncio.wait_for(ask(port, dice.choice(CUT_OFF)), dice.uniform(0.01, 0.1))
+        except TimeoutError:
+            return 0
+    return told.status
+
+
+def is_complete(told: Told) -> bool:
+    """One start, tokens in order, one end that agrees with them."""
+    (_, done), names = told.ends[0], [name for name, _ in told.events]
+    in_order = names == ["start", *["token"] * len(told.arrived), "done"]
+    return in_order and told.text == done["text"] and done["finish_reason"] in ("length", "stop")
+
+
+def test_a_long_prompt_every_second_at_most_quadruples_the_gaps_of_sixteen_streams(
+    start_server: StartServer, at: At, evidence: Evidence
+) -> None:
+    checkpoint = at([], ["--checkpoint", SHIPPED, "--threads", 2])
+    server = start_server("--slots", 32, *checkpoint).wait_until_ready()
+    gaps = asyncio.run(gaps_with_and_without_prompts(server, seconds=at(1, 15), windows=at(2, 3)))
+    p99 = {condition: percentile(gaps[condition], 99) for condition in (False, True)}
+    evidence("tokens", sum(map(len, gaps.values())))
+    evidence("median gap, ms, without and with", milliseconds(median(each) for each in gaps.values()))
+    evidence("p99 gap, ms, without and with", milliseconds(p99.values()))
+    evidence("ratio of the p99", p99[True] / p99[False])
+    assert p99[True] <= 4 * p99[False]
+
+
+async def gaps_with_and_without_prompts(server: Server, seconds: float, windows: int) -> dict[bool, list[float]]:
+    """The gaps between the tokens of each stream, by whether long prompts came: so many windows of both, in turn."""
+    is_over = asyncio.Event()
+    asked = (ask(server.port, {**ENDLESS, "seed": seed}, leave=lambda told: is_over.is_set()) for seed in range(16))
+    streams = [asyncio.create_task(each) for each in asked]
+    spans: list[tuple[bool, float, float]] = []
+    try:
+        await until_running(server, 16)
+        for with_prompts in [False, True] * windows:
+            began = time.monotonic()
+            if with_prompts:
+                await prompts_for(server, seconds)
+            else:
+                await asyncio.sleep(seconds)
+            spans.append((with_prompts, began, time.monotonic()))
+            await until_running(server, 16)
+    finally:
+        is_over.set()
+    arrived = [told.arrived for told in await asyncio.gather(*streams)]
+    gaps: dict[bool, list[float]] = {False: [], True: []}
+    for times, (with_prompts, began, ended) in itertools.product(arrived, spans):
+        inside = [moment for moment in times if began <= moment <= ended]
+        gaps[with_prompts] += [later - earlier for earlier, later in itertools.pairwise(inside)]
+    return gaps
+
+
+async def prompts_for(server: Server, seconds: float) -> None:
+    """A long prompt every second; those that are not through at the end leave."""
+    asked = []
+    for _ in range(max(1, round(seconds))):
+        asked.append(asyncio.create_task(ask(server.port, {"prompt": "a" * 8192, "max_new_tokens": 1})))
+        await asyncio.sleep(min(1, seconds))
+    for task in asked:
+        task.cancel()
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert {told.status for told in answers if isinstance(told, Told)} <= {200}
+
+
+async def until_running(server: Server, number: int) -> None:
+    await asyncio.to_thread(server.wait_for, requests_running=number)
+
+
+def percentile(values: list[float], percent: int) -> float:
+    return quantiles(values, n=100)[percent - 1]
+
+
+def test_the_last_thousand_tokens_of_a_long_stream_are_as_quick_as_the_second(
+    server: Server, at: At, evidence: Evidence
+) -> None:
+    length, part = at((1_200, 300), (20_000, 1_000))
+    memory: list[int] = []
+
+    def look(told: Told) -> bool:
+        if len(told.arrived) >= (2 * part, length)[min(1, len(memory))]:
+            memory.append(server.own_memory)
+        return False
+
+    async def both() -> list[Told]:
+        # The speed of a machine drifts: the last part is compared with the second of the same stream and with the
+        # second of another right after it.
+        return await in_turn(ask(server.port, {"max_new_tokens": n, "seed": 1}, leave=look) for n in (length, 2 * part))
+
+    long, other = asyncio.run(both())
+    assert is_complete(long)
+    assert len(long.arrived) == length
+    second = [token_time(told.arrived[part : 2 * part]) for told in (long, other)]
+    ratio = token_time(long.arrived[-part:]) / (sum(second) / 2)
+    growth = (memory[1] - memory[0]) / MIB
+    evidence("tokens", length)
+    evidence(f"ms per token in the second {part:,}, and in those of a stream right after", milliseconds(second))
+    evidence(f"time of the last {part:,} to that", ratio)
+    evidence(f"MiB gained between token {2 * part:,} and token {length:,}", growth)
+    assert growth <= 4
+    assert ratio == pytest.approx(1, abs=at(0.5, 0.1))
+
+
+def milliseconds(seconds: Iterable[float]) -> str:
+    return ", ".join(f"{1e3 * each:.3g}" for each in seconds)
+
+
+def token_time(moments: list[float], size: int = 20) -> float:
+    """Seconds per token: the median over blocks, so that a moment in which the machine was elsewhere does not count."""
+    return median((late - early) / size for early, late in zip(moments, moments[size:], strict=False))
+
+
+@dataclass
+class Crush:
+    """What came of an overload: how long the refused and the accepted waited, and what the refused were told."""
+
+    accepted: list[Told] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+    refused_after_s: list[float] = field(default_factory=list)
+    retry_after_s: list[int] = field(default_factory=list)
+
+
+def test_ten_times_overload_is_refused_promptly_and_honestly_and_what_is_accepted_is_complete(
+    start_server: StartServer, at: At, evidence: Evidence
+) -> None:
+    seconds, tokens = at(4, 60), at(50, 100)
+    server = start_server("--slots", 4, "--queue", 24).wait_until_ready()
+    rate = asyncio.run(service_rate(server.port, tokens))
+    crush = asyncio.run(overload(server.port, tokens, 10 * rate, seconds))
+    assert set(crush.statuses) == {200, 429}
+    assert all(is_complete(told) and len(told.arrived) == tokens for told in crush.accepted)
+    # The first refusals come before a queue has ever been waited through.
+    later = crush.retry_after_s[len(crush.retry_after_s) // 4 :]
+    waits = [told.ends[0][1]["timings"]["queue_s"] for told in crush.accepted[len(crush.accepted) // 2 :]]
+    total = median(told.ends[0][1]["timings"]["total_s"] for told in crush.accepted)
+    evidence("requests per second served alone, and asked for", f"{rate:.3g}, {10 * rate:.3g}")
+    evidence("accepted and complete, refused", f"{crush.statuses[200]:,}, {crush.statuses[429]:,}")
+    evidence("p99 of a refusal, ms", 1e3 * percentile(crush.refused_after_s, 99))
+    evidence("seconds told to wait, and spent in the queue, medians", f"{median(later)}, {median(waits):.3g}")
+    assert percentile(crush.refused_after_s, 99) < total
+    assert all(1 <= told <= 60 for told in crush.retry_after_s)
+    assert median(waits) / 3 <= median(later) <= 3 * median(waits)
+
+
+async def service_rate(port: int, tokens: int) -> float:
+    """Requests per second of eight clients who ask again as soon as they are answered."""
+    began, rounds = time.monotonic(), 4
+
+    async def client() -> None:
+        for _ in range(rounds):
+            await ask(port, {"max_new_tokens": tokens})
+
+    await at_once(client() for _ in range(8))
+    return 8 * rounds / (time.monotonic() - began)
+
+
+async def overload(port: int, tokens: int, rate: float, seconds: float) -> Crush:
+    """An open loop: requests come at this rate whatever becomes of those before."""
+    crush = Crush()
+
+    async def client() -> None:
+        asked_at = time.monotonic()
+        told = await ask(port, {"max_new_tokens": tokens})
+        crush.statuses[told.status] += 1
+        if told.status == 200:
+            crush.accepted.append(told)
+        else:
+            crush.refused_after_s.append(told.ended_at - asked_at)
+            crush.retry_after_s.append(int(told.headers["retry-after"]))
+
+    began = time.monotonic()
+    clients: list[asyncio.Task[None]] = []
+    for number in range(round(rate * seconds)):
+        await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
+        clients.append(asyncio.create_task(client()))
+    await asyncio.gather(*clients)
+    return crush
+
+
+def test_an_idle_server_uses_less_than_a_hundredth_of_a_core(server: Server, at: At, evidence: Evidence) -> None:
+    server.wait_for(requests_running=0)
+    used, began = server.cpu_seconds, time.monotonic()
+    time.sleep(at(5, 60))  # this is what is measured
+    share = (server.cpu_seconds - used) / (time.monotonic() - began)
+    evidence("percent of a core", 100 * share)
+    assert share < 0.01
+
+
+def test_who_waits_too_long_is_a_504_and_who_runs_too_long_ends_as_timed_out(
+    start_server: StartServer, at: At, evidence: Evidence
+) -> None:
+    wait_s, waiting = at(1, 5), at(4, 100)
+    server = start_server("--slots", 2, "--queue-timeout-s", wait_s).wait_until_ready()
+    running, waited = asyncio.run(two_run_and_others_wait(server, waiting, wait_s))
+    for told in waited:
+        assert (told.status, told.json["error"]["code"]) == (504, "queue_timeout")
+        assert told.headers["content-type"] == "application/json"
+        assert int(told.headers["retry-after"]) >= 1
+    for told in running:
+        ((name, done),) = told.ends
+        assert (name, done["finish_reason"]) == ("done", "timeout")
+        assert done["text"] == told.text
+        assert 2 * wait_s <= done["timings"]["total_s"] < 3 * wait_s
+    outcomes = server.metrics().by("requests_total", "outcome")
+    assert (outcomes["rejected_deadline"], outcomes["timeout"]) == (waiting, 2)
+    evidence("seconds that the queue may take", wait_s)
+    evidence("refused before any stream", len(waited))
+    evidence("seconds of a stream with a limit", max(told.ends[0][1]["timings"]["total_s"] for told in running))
+    evidence("its limit", 2 * wait_s)
+
+
+async def two_run_and_others_wait(server: Server, waiting: int, wait_s: float) -> tuple[list[Told], list[Told]]:
+    occupied = [asyncio.create_task(ask(server.port, {**ENDLESS, "timeout_s": 2 * wait_s})) for _ in range(2)]
+    await until_running(server, 2)
+    began = time.monotonic()
+    waited = await at_once(ask(server.port, {"stream": number % 2 == 0}) for number in range(waiting))
+    assert all(wait_s <= told.ended_at - began < 2 * wait_s for told in waited)
+    return list(await asyncio.gather(*occupied)), waited
