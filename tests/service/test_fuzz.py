@@ -339,6 +339,20 @@ ANYTHING = st.one_of(
 )
 
 
+def one_of_each() -> Iterator[Sent]:
+    """Every oddity once, alone in what is otherwise good; chance is for their company."""
+    good = {"prompt": "ROMEO:", "max_new_tokens": MAX_NEW_TOKENS, "seed": 1}
+    content = spelt(members(good)).encode()
+    yield from (Sent(body) for body in ODD_BODIES)
+    yield from (Sent(content, (header,)) for header in ODD_HEADERS)
+    yield from (Sent(chunked(content, 7, end), (CHUNKED,), is_whole=False) for end in CHUNK_ENDS)
+    for number, value in enumerate(ODD_VALUES):
+        for name in ("prompt", list(GOOD)[number % len(GOOD)]):
+            others = members({key: good[key] for key in good if key != name})
+            yield Sent(spelt([*others, (name, value)]).encode("utf-8", "surrogatepass"))
+    yield from (Sent(spelt([*members(good), (name, "1")]).encode("utf-8", "surrogatepass")) for name in ODD_NAMES)
+
+
 def test_bytes_that_no_library_would_write_break_nothing(server: Server, at: At, evidence: Evidence) -> None:
     document = server.client.get("/openapi.json").json()
     known = {int(status) for status in document["paths"]["/generate"]["post"]["responses"]} - {500, 503}
@@ -355,6 +369,8 @@ def test_bytes_that_no_library_would_write_break_nothing(server: Server, at: At,
         assert response.status_code == 200 or not sent.is_clean
 
     with Beside(server, max_new_tokens=400) as beside:
+        for sent in one_of_each():
+            judge(sent)
         settings(ALL_SORTS, max_examples=at(100, 2500))(given(ANYTHING)(judge))()
     assert is_sound(server)
     assert {200, 400, 413, 422, "left"} <= set(statuses)

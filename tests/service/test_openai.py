@@ -508,7 +508,7 @@ def test_the_schema_describes_bodies_answers_and_refusals(server: Server) -> Non
         for name in described["properties"].keys() - described["required"]:
             assert {"type": "null"} in described["properties"][name]["anyOf"]
         assert "$ref" in operation["responses"]["200"]["content"]["application/json"]["schema"]
-        assert "ErrorBody" in json.dumps(operation["responses"]["default"])
+        assert "ErrorBody" in json.dumps(operation["responses"]["422"])
     assert {"/v1/models", "/v1/models/{model}"} <= set(schema["paths"])
     tokens = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert tokens["properties"]["max_tokens"]["anyOf"][0]["maximum"] == FOR_EVER
