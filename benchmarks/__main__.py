@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: tokens per second of the engine alone, at several numbers of streams, interleaved.
+"""``python -m benchmarks``: the engine alone and a server over HTTP, in turn, under the same closed loop of requests.
 
 Prints a table for people and one JSON line for machines, which is also kept in benchmarks/results/.
 """
@@ -7,72 +7,129 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
+import os
+import signal
+import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from benchmarks import report
+from benchmarks.client import BrokenAnswer
+from benchmarks.engine import EngineProcess, engine_process
+from benchmarks.over_http import NoServer, Target, server_process
+from benchmarks.workload import Workload
 from service.cpus import usable_cpus
-from service.engine.engine import Engine
-from service.engine.loading import EngineOptions, build_engine
-from service.engine.sequence import SamplingParams, Sequence
+from service.engine.loading import EngineOptions
 
 RESULTS = Path(__file__).parent / "results"
-STREAMS = (1, 8, 32, 64)
-PROMPT_TOKENS = 64
 
 
-def decode_rate(engine: Engine, streams: int, new_tokens: int) -> float:
-    """Tokens per second of so many equal streams, from the last prompt read to the first end."""
-    prompt = tuple(range(2)) * (PROMPT_TOKENS // 2)
-    sequences = [Sequence(prompt, SamplingParams(new_tokens, seed=seed)) for seed in range(streams)]
-    for sequence in sequences:
-        engine.add(sequence)
-    while not all(sequence.token_ids for sequence in sequences):
-        engine.step()
-    drawn = sum(len(sequence.token_ids) for sequence in sequences)
-    started = time.perf_counter()
-    while not any(sequence.is_finished for sequence in sequences):
-        engine.step()
-    seconds = time.perf_counter() - started
-    rate = (sum(len(sequence.token_ids) for sequence in sequences) - drawn) / seconds
-    while engine.has_work:
-        engine.step()
-    return rate
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="How fast the engine is, alone and over HTTP."
+    )
+    parser.add_argument("--only", choices=("engine", "http"), help="one of the two; then there is no share to tell")
+    parser.add_argument("--server", metavar="URL", help="measure a server that is running already, over HTTP")
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
+    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N", help="at the same time")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of engine and HTTP in turn")
+    parser.add_argument("--requests", type=int, default=2, metavar="N", help="of each stream in a round")
+    parser.add_argument("--new-tokens", type=int, default=150, metavar="N")
+    parser.add_argument("--prompt-characters", type=int, default=64, metavar="N")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--new-tokens", type=int, default=150)
-    arguments = parser.parse_args()
-    options = EngineOptions(arguments.checkpoint, "auto", usable_cpus(), max(STREAMS), 1024, 128)
-    engine, info = build_engine(options, lambda phase: None)
-    rounds = [
-        {streams: decode_rate(engine, streams, arguments.new_tokens) for streams in STREAMS}
-        for _ in range(arguments.rounds)
-    ]
-    medians = {streams: statistics.median(rates[streams] for rates in rounds) for streams in STREAMS}
-    print(f"engine alone, {info.runner} on {info.device}, {info.threads} threads; median of {len(rounds)} rounds")
-    print("streams   tokens/s   of one stream")
-    for streams, rate in medians.items():
-        print(f"{streams:7d} {rate:10,.0f} {rate / medians[1]:12.1f} x")
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, and the figures of each number of streams."""
+    workload = Workload(arguments.requests, arguments.new_tokens, arguments.prompt_characters)
+    trials: dict[int, tuple[list[Any], list[Any]]] = {streams: ([], []) for streams in arguments.streams}
+    with ExitStack() as stack:
+        engine, target = _engine(arguments, stack), _target(arguments, stack)
+        for streams in arguments.streams * arguments.rounds:
+            for subject, kept in zip((engine, target), trials[streams], strict=True):
+                if subject:
+                    kept.append(subject.trial(workload, streams))
+    facts = asdict(engine.info) if engine else target.info if target else {}
+    return {
+        **{name: facts[name] for name in ("runner", "device", "threads")},
+        "torch": facts["torch_version"] if engine else facts["versions"]["torch"],
+        "figures": [report.figures(streams, *pair) for streams, pair in trials.items()],
+    }
+
+
+def _engine(arguments: argparse.Namespace, stack: ExitStack) -> EngineProcess | None:
+    if arguments.server or arguments.only == "http":
+        return None
+    options = EngineOptions(arguments.checkpoint, "auto", arguments.threads, max(arguments.streams), 1024, 128)
+    return stack.enter_context(engine_process(options))
+
+
+def _target(arguments: argparse.Namespace, stack: ExitStack) -> Target | None:
+    if arguments.server:
+        return Target(arguments.server)
+    if arguments.only == "engine":
+        return None
+    return stack.enter_context(server_process(arguments.checkpoint, max(arguments.streams), arguments.threads))
+
+
+def machine() -> dict[str, Any]:
+    models = [line.partition(": ")[2] for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {"cpu": models[0] if models else os.uname().machine, "cores": usable_cpus()}
+
+
+def cores_of_others(since: tuple[float, float, float]) -> float:
+    """How many cores were busy, on average, with what is not ours. Ours have ended and been waited for."""
+    wall, busy, own = (now - then for now, then in zip(clocks(), since, strict=True))
+    return round(max(0.0, busy - own) / wall, 2)
+
+
+def clocks() -> tuple[float, float, float]:
+    """Seconds: of the wall, of all processes on all cores, of this process and those it has waited for."""
+    busy = [int(jiffies) for jiffies in (_lines("/proc/stat") or ["cpu 0 0 0"])[0].split()[1:4]]
+    return time.perf_counter(), sum(busy) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def main() -> int:
+    arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the server would go on without us
+    start = clocks()
+    try:
+        measured = measure(arguments)
+    except (BrokenAnswer, NoServer, OSError, EOFError) as error:
+        print(f"benchmarks: {error or 'the engine has ended'}", file=sys.stderr)
+        return 1
     now = datetime.now(UTC)
+    asked = ("rounds", "requests", "new_tokens", "prompt_characters")
     result = {
         "date": now.isoformat(timespec="seconds"),
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": info.threads, "device": info.device},
-        "checkpoint": str(arguments.checkpoint),
-        "runner": info.runner,
-        "torch": info.torch_version,
-        "engine_tokens_per_second": {str(streams): round(rate, 1) for streams, rate in medians.items()},
+        "machine": {**machine(), "cores_of_others": None if arguments.server else cores_of_others(start)},
+        "checkpoint": arguments.server or str(arguments.checkpoint),
+        **{name: getattr(arguments, name) for name in asked},
+        **measured,
     }
     line = json.dumps(result)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"engine-{now.date()}.json").write_text(line + "\n")
+    print("{checkpoint}: {runner} on {device}, {threads} threads, torch {torch}; each stream had".format_map(result))
+    print("{rounds} x {requests} requests of {prompt_characters} characters and {new_tokens} tokens".format_map(result))
+    print(report.table(measured["figures"]))
+    if (others := result["machine"]["cores_of_others"] or 0) > 0.1:
+        print(f"Do not trust this: other programs kept {others:.1f} cores busy meanwhile.")
+    arguments.results.mkdir(exist_ok=True)
+    what = "engine" if arguments.only == "engine" else "http"
+    (arguments.results / f"{what}-{now.date()}.json").write_text(line + "\n")
     print(line)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any, Generic
 
 from fastapi import Request
 
-from model.tokenizer import UnknownCharacters
+from model.tokenizer import Tokenizer, UnknownCharacters
 from service.body import read_json_object
 from service.card import ModelCard
 from service.engine.sequence import SamplingParams, Sequence
@@ -19,7 +20,7 @@ from service.engine.thread import EngineThread, NotServing, QueueFull
 from service.errors import ApiError
 from service.exchange import Abandoned, Exchange, TokenStream
 from service.metrics import Metrics
-from service.schemas import MAX_PROMPT_CHARACTERS, GenerateBody, Limits, parse_generate
+from service.schemas import MAX_PROMPT_CHARACTERS, AnyTextBody, GenerateBody, Limits, TextBody
 from service.streaming import Generation
 
 START_OF_TEXT = "\n"
@@ -27,10 +28,10 @@ MAX_UNREAD_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class Admitted:
+class Admitted(Generic[AnyTextBody]):
     """A request that the engine has taken. Whoever holds it gives its stream back."""
 
-    body: GenerateBody
+    body: AnyTextBody
     generation: Generation
     stream: TokenStream
 
@@ -54,15 +55,17 @@ class Admission:
         self._metrics = metrics
         self._queue_timeout_s = queue_timeout_s
 
-    async def admit(self, request: Request) -> Admitted:
-        """Raises ApiError; every request is counted here or at its end, once."""
-        body: GenerateBody | None = None
+    async def admit(
+        self, request: Request, parse: Callable[[dict[str, Any], Limits], AnyTextBody]
+    ) -> Admitted[AnyTextBody]:
+        """Raises ApiError, also what ``parse`` raises; every request is counted here or at its end, once."""
+        body: AnyTextBody | None = None
         try:
-            body = parse_generate(await read_json_object(request), self.limits)
+            body = parse(await read_json_object(request), self.limits)
             last_index = self._last_index(request.headers.get("last-event-id"), body)
             return self._submit(body, request.state.request_id, last_index)
         except ApiError as error:
-            self._metrics.record_refusal(error.kind.type, stream=body is None or body.stream)
+            self._metrics.record_refusal(error.kind.type, stream=body is not None and body.stream)
             raise
 
     def give_back(self, stream: TokenStream) -> None:
@@ -70,10 +73,12 @@ class Admission:
         if not stream.has_ended:
             self._engine.cancel(stream.sequence)
 
-    def _last_index(self, event_id: str | None, body: GenerateBody) -> int:
+    def _last_index(self, event_id: str | None, body: TextBody) -> int:
         """The index of the last token that the client has, or -1. Raises ApiError when no stream here goes on so."""
-        if event_id is None or self._engine.info is None:
+        if event_id is None or not isinstance(body, GenerateBody):  # others have no ids
             return -1
+        if self._engine.info is None:
+            raise ApiError(self._engine.phase)
         found = re.fullmatch(r"([0-9a-f]{12}):(-1|[0-9]{1,9})", event_id)
         if found is None or not body.stream or int(found[2]) >= body.max_new_tokens:
             raise ApiError("bad_event_id", param="Last-Event-ID")
@@ -83,7 +88,7 @@ class Admission:
             raise ApiError("other_fingerprint", param="Last-Event-ID")
         return int(found[2])
 
-    def _submit(self, body: GenerateBody, request_id: str, last_index: int) -> Admitted:
+    def _submit(self, body: AnyTextBody, request_id: str, last_index: int) -> Admitted[AnyTextBody]:
         prompt_ids, prompt_used = self._spell(body)
         seed = secrets.randbits(32) if body.seed is None else body.seed
         texts, info = self._card.tokenizer.tokens, self._engine.info
@@ -116,17 +121,25 @@ class Admission:
             raise ApiError(refusal.phase) from None
         return Admitted(body, generation, stream)
 
-    def _spell(self, body: GenerateBody) -> tuple[tuple[int, ...], str | None]:
-        """The prompt's ids and, if it was to be folded, the text they spell."""
-        tokenizer = self._card.tokenizer
-        folds = body.unknown_characters == "fold"
-        prompt = (tokenizer.fold(body.prompt) if folds else body.prompt) or START_OF_TEXT
-        if len(prompt) > MAX_PROMPT_CHARACTERS:
-            raise ApiError("prompt_too_long", "prompt is too long once it is folded", param="prompt")
-        try:
-            return tuple(tokenizer.encode(prompt)), prompt if folds else None
-        except UnknownCharacters as error:
-            raise ApiError("unknown_characters", str(error), param="prompt") from None
+    def _spell(self, body: TextBody) -> tuple[tuple[int, ...], str | None]:
+        if isinstance(body.prompt, list) and body.prompt:
+            return tuple(body.prompt), None
+        text = body.prompt if isinstance(body.prompt, str) else ""
+        return spell(self._card.tokenizer, text, body.unknown_characters, when_empty=START_OF_TEXT)
+
+
+def spell(
+    tokenizer: Tokenizer, prompt: str, unknown_characters: str, *, when_empty: str = ""
+) -> tuple[tuple[int, ...], str | None]:
+    """A text's ids and, if it was to be folded, the text they spell. Raises ApiError."""
+    folds = unknown_characters == "fold"
+    text = (tokenizer.fold(prompt) if folds else prompt) or when_empty
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise ApiError("prompt_too_long", "prompt is too long once it is folded", param="prompt")
+    try:
+        return tuple(tokenizer.encode(text)), text if folds else None
+    except UnknownCharacters as error:
+        raise ApiError("unknown_characters", str(error), param="prompt") from None
 
 
 @asynccontextmanager
@@ -148,7 +161,7 @@ async def abandoned_on_disconnect(request: Request, stream: TokenStream) -> Asyn
         await asyncio.wait([watcher])
 
 
-def _sampling(body: GenerateBody, seed: int) -> SamplingParams:
+def _sampling(body: TextBody, seed: int) -> SamplingParams:
     return SamplingParams(
         max_new_tokens=body.max_new_tokens,
         temperature=body.temperature,

@@ -25,6 +25,8 @@ from service.exchange import Exchange, watch
 from service.guard import METRICS_PATH, PROBES, CrossOrigin, Guard, Hosts, split_list
 from service.metrics import EngineCollector, Metrics
 from service.middleware import RequestScope
+from service.openai import OpenAIRoutes
+from service.reference import whole_numbers
 from service.routes import Routes
 from service.schemas import Limits
 from service.settings import Settings
@@ -66,8 +68,10 @@ def create_app(settings: Settings) -> FastAPI:
         exception_handlers={ApiError: answer_api_error, HTTPException: answer_http_exception},
     )
     app.include_router(Routes(settings, card, engine, admission, metrics, version).router())
+    app.include_router(OpenAIRoutes(card, admission).router())
     add_docs(app, PAGE / "docs.html")
     app.frontend("/", directory=PAGE, fallback=None)
+    app.openapi_schema = whole_numbers(app.openapi())  # kept until another route is added
     _add_safety(app, settings, metrics)
     app.state.engine = engine
     return app

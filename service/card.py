@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.checkpoint import Manifest, read_config, read_record, read_tokenizer, verify
+from model.checkpoint import MANIFEST, Manifest, read_config, read_record, read_tokenizer, verify
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from service.schemas import ModelInfo
@@ -33,6 +33,11 @@ class ModelCard:
     def fingerprint(self) -> str:
         """Enough of the manifest's hash to tell checkpoints apart, short enough to be read aloud."""
         return self.manifest.fingerprint[:FINGERPRINT_DIGITS]
+
+    @property
+    def written_at(self) -> int:
+        """When its files came to be here, in seconds since 1970; the manifest is written last."""
+        return int((self.manifest.folder / MANIFEST).stat().st_mtime)
 
     def describe(self) -> ModelInfo:
         config = self.config

@@ -31,6 +31,12 @@ KINDS: Mapping[str, Kind] = {
         headers={"WWW-Authenticate": "Bearer"},
     ),
     "not_found": Kind(404, "invalid_request", "there is nothing at this address; /openapi.json lists what there is"),
+    "model_not_found": Kind(404, "invalid_request", "there is no such model here; GET /v1/models lists what there is"),
+    "no_chat": Kind(
+        404,
+        "invalid_request",
+        "this model continues text and has no chat template, so there is no chat here; use /v1/completions",
+    ),
     "method_not_allowed": Kind(405, "invalid_request", "this address does not answer that method"),
     "request_timeout": Kind(
         408, "invalid_request", "the request did not arrive in time", headers={"Connection": "close"}
@@ -48,6 +54,7 @@ KINDS: Mapping[str, Kind] = {
     "missing_field": Kind(422, "invalid_request", "a required field is missing"),
     "wrong_type": Kind(422, "invalid_request", "a field has the wrong type"),
     "out_of_range": Kind(422, "invalid_request", "a field is out of its range"),
+    "unsupported_value": Kind(422, "invalid_request", "only the neutral value of a field is implemented"),
     "not_finite": Kind(422, "invalid_request", "a number is not finite"),
     "invalid_unicode": Kind(422, "invalid_request", "a text has half a surrogate pair and is no valid Unicode"),
     "prompt_too_long": Kind(422, "invalid_request", "the prompt is too long"),

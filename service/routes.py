@@ -8,30 +8,55 @@ from functools import partial
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from service.admission import Admission, Admitted, abandoned_on_disconnect
+from service.admission import Admission, Admitted, abandoned_on_disconnect, spell
+from service.body import read_json_object
 from service.card import ModelCard
 from service.engine.thread import EnginePhase, EngineThread
 from service.errors import ApiError
 from service.exchange import refresh_figures
 from service.metrics import Metrics
+from service.reference import EVENTS, GENERATING, LAST_EVENT_ID, TEXT, answers, describe_body
 from service.schemas import (
     MAX_PROMPT_CHARACTERS,
+    AnyTextBody,
     BatchInvariance,
     DefaultsInfo,
-    ErrorBody,
+    DetokenizeAnswer,
+    DetokenizeBody,
     GenerateAnswer,
+    GenerateBody,
     Health,
     Info,
     LimitsInfo,
+    NotReady,
+    TokenizeAnswer,
+    TokenizeBody,
     Versions,
-    generate_schema,
+    parse_body,
 )
 from service.settings import Settings
-from service.streaming import EventStream, Transcript, collect, raise_if_refused, stream_events
+from service.streaming import Dialect, EventStream, Transcript, collect, raise_if_refused, stream_events
 
 FIGURES_WAIT_S = 0.5
-EXAMPLE = {"prompt": "ROMEO:", "max_new_tokens": 64}
 ANSWERING = frozenset({EnginePhase.READY, EnginePhase.DRAINING})
+
+
+async def respond(
+    request: Request, admission: Admission, admitted: Admitted[AnyTextBody], dialect: Dialect
+) -> Response:
+    """Tell what the engine writes as it comes, or all at the end. What was admitted is given back in any case."""
+    stream = admitted.stream
+    give_back = partial(admission.give_back, stream)
+    try:
+        async with abandoned_on_disconnect(request, stream):
+            first = await stream.next_events()
+            raise_if_refused(first[0])
+            if not admitted.body.stream:
+                return JSONResponse(await collect(dialect, stream, first))
+        return EventStream(stream_events(dialect, stream, first), give_back=give_back)
+    except BaseException:
+        give_back()
+        raise
 
 
 class Routes:
@@ -54,51 +79,63 @@ class Routes:
         self._version = version
 
     def router(self) -> APIRouter:
-        router = APIRouter(responses={"default": {"model": ErrorBody, "description": "Refused, or failed"}})
+        router = APIRouter()
+        limits = self._admission.limits
         router.add_api_route(
             "/generate",
             self.generate,
             methods=["POST"],
             response_model=GenerateAnswer,
-            responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+            responses=answers(*GENERATING, content={"text/event-stream": EVENTS}),
             openapi_extra={
-                "requestBody": {
-                    "required": True,
-                    "content": {
-                        "application/json": {"schema": generate_schema(self._admission.limits), "example": EXAMPLE}
-                    },
-                }
+                "parameters": [LAST_EVENT_ID],
+                **describe_body(GenerateBody, limits, prompt="ROMEO:", max_new_tokens=64),
             },
         )
-        router.add_api_route("/info", self.info, methods=["GET"], response_model=Info)
-        router.add_api_route("/livez", self.livez, methods=["GET"], response_model=Health)
-        router.add_api_route("/readyz", self.readyz, methods=["GET"], response_model=Health)
-        router.add_api_route("/metrics", self.metrics, methods=["GET"], response_class=Response)
+        reading = answers(401, 413, 415, 421, 422)
+        router.add_api_route(
+            "/tokenize",
+            self.tokenize,
+            methods=["POST"],
+            response_model=TokenizeAnswer,
+            response_model_exclude_none=True,
+            responses=reading,
+            openapi_extra=describe_body(TokenizeBody, limits, prompt="ROMEO:"),
+        )
+        router.add_api_route(
+            "/detokenize",
+            self.detokenize,
+            methods=["POST"],
+            response_model=DetokenizeAnswer,
+            responses=reading,
+            openapi_extra=describe_body(DetokenizeBody, limits, tokens=[0, 1, 2]),
+        )
+        router.add_api_route("/info", self.info, methods=["GET"], response_model=Info, responses=answers(401, 421))
+        probe = answers(503, shape=NotReady)
+        router.add_api_route("/livez", self.livez, methods=["GET"], response_model=Health, responses=probe)
+        router.add_api_route("/readyz", self.readyz, methods=["GET"], response_model=Health, responses=probe)
+        formats = {"text/plain": TEXT, "application/openmetrics-text": TEXT}
+        router.add_api_route(
+            "/metrics", self.metrics, methods=["GET"], response_class=Response, responses=answers(401, content=formats)
+        )
         return router
 
     async def generate(self, request: Request) -> Response:
         """Continue a prompt: server-sent events as the tokens come, or one JSON body with ``"stream": false``."""
-        admitted = await self._admission.admit(request)
-        try:
-            return await self._answer(request, admitted)
-        except BaseException:
-            self._admission.give_back(admitted.stream)
-            raise
+        admitted = await self._admission.admit(request, partial(parse_body, GenerateBody))
+        transcript = Transcript(admitted.generation, with_tokens=admitted.body.tells_tokens)
+        return await respond(request, self._admission, admitted, transcript)
 
-    async def _answer(self, request: Request, admitted: Admitted) -> Response:
-        transcript = Transcript(admitted.generation)
-        stream = admitted.stream
-        async with abandoned_on_disconnect(request, stream):
-            first = await stream.next_events()
-            raise_if_refused(first[0])
-            if not admitted.body.stream:
-                with_tokens = admitted.body.tells_tokens
-                return JSONResponse(
-                    await collect(admitted.generation, transcript, stream, first, with_tokens=with_tokens)
-                )
-        return EventStream(
-            stream_events(transcript, stream, first), give_back=partial(self._admission.give_back, stream)
-        )
+    async def tokenize(self, request: Request) -> TokenizeAnswer:
+        """The tokens that spell a text; answers while the model is still being loaded."""
+        body = parse_body(TokenizeBody, await read_json_object(request), self._admission.limits)
+        ids, used = spell(self._card.tokenizer, body.prompt, body.unknown_characters)
+        return TokenizeAnswer(count=len(ids), tokens=list(ids), prompt_used=used)
+
+    async def detokenize(self, request: Request) -> DetokenizeAnswer:
+        """The text that tokens spell; answers while the model is still being loaded."""
+        body = parse_body(DetokenizeBody, await read_json_object(request), self._admission.limits)
+        return DetokenizeAnswer(prompt=self._card.tokenizer.decode(body.tokens))
 
     async def info(self) -> Info:
         """What is served, where, and within which limits."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from model.config import ModelConfig
-from service.errors import ApiError
+from service.errors import KINDS, ApiError
 
 MAX_PROMPT_CHARACTERS = 8192
 DEFAULT_NEW_TOKENS = 256
 MIN_TEMPERATURE = 0.01
+NULL: dict[str, Any] = {"type": "null"}
+LIMITED_BY_SERVER = ("max_new_tokens", "top_k", "timeout_s")
 
 StopString = Annotated[str, Field(min_length=1, max_length=64)]
 LayerAndExpert = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
@@ -46,12 +49,29 @@ class Limits:
         return {"max_new_tokens": self.default_new_tokens, **fields}
 
 
-class GenerateBody(BaseModel):
-    """What to generate. A field that is absent or null has its default."""
+def _in_vocabulary(value: list[int], info: ValidationInfo) -> list[int]:
+    limits = info.context
+    assert isinstance(limits, Limits)
+    if not all(0 <= token_id < limits.model.vocab_size for token_id in value):
+        most = limits.model.vocab_size - 1
+        raise PydanticCustomError("out_of_range", "must hold token ids from 0 to {most}", {"most": most})
+    return value
+
+
+Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+TokenIds = Annotated[list[int], Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_in_vocabulary)]
+
+
+class Body(BaseModel):
+    """What every body has in common. A field that is absent or null has its default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS, description="text to continue; empty starts from a newline")
+
+class TextBody(Body):
+    """What text to draw and how, in whichever dialect: another one may have other names, defaults and spellings."""
+
+    prompt: str | list[int]
     max_new_tokens: int = Field(DEFAULT_NEW_TOKENS, ge=1, description="most tokens to draw; the server sets a limit")
     temperature: float = Field(0.8, ge=0, le=2, description="0 is greedy; otherwise 0.01 to 2")
     top_k: int = Field(0, ge=0, description="draw from the k likeliest tokens; 0 is off; at most the vocabulary's size")
@@ -88,7 +108,7 @@ class GenerateBody(BaseModel):
             raise PydanticCustomError("out_of_range", "must be 0 or between 0.01 and 2")
         return value
 
-    @field_validator("max_new_tokens", "top_k", "timeout_s")
+    @field_validator(*LIMITED_BY_SERVER)
     @classmethod
     def _within_server_limit(cls, value: float | None, info: ValidationInfo) -> float | None:
         limits, field = info.context, info.field_name
@@ -129,28 +149,87 @@ class GenerateBody(BaseModel):
         return self.model_dump(exclude={"prompt", "seed", "stream"})
 
 
-def parse_generate(raw: dict[str, Any], limits: Limits) -> GenerateBody:
+class GenerateBody(TextBody):
+    """What to generate. A field that is absent or null has its default."""
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS, description="text to continue; empty starts from a newline")
+
+
+class TokenizeBody(Body):
+    """A text whose tokens are asked for."""
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS)
+    unknown_characters: Literal["refuse", "fold"] = "refuse"
+
+
+class DetokenizeBody(Body):
+    """Tokens whose text is asked for."""
+
+    tokens: TokenIds
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+AnyTextBody = TypeVar("AnyTextBody", bound=TextBody)
+
+
+def parse_body(kind: type[AnyBody], raw: dict[str, Any], limits: Limits) -> AnyBody:
     """Raises ApiError with the first thing that is wrong; never with what the client sent."""
-    given = {name: value for name, value in raw.items() if value is not None or name not in GenerateBody.model_fields}
-    given.setdefault("max_new_tokens", limits.default_new_tokens)
+    names = _names(kind)
+    given = {name: value for name, value in raw.items() if value is not None or name not in names.values()}
+    if "max_new_tokens" in names:
+        default = kind.model_fields["max_new_tokens"].default
+        given.setdefault(names["max_new_tokens"], min(default, limits.max_new_tokens))
     try:
-        return GenerateBody.model_validate(given, context=limits)
+        return kind.model_validate(given, context=limits)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _refusal(error, names.values()) from None
 
 
-def generate_schema(limits: Limits) -> dict[str, Any]:
+def body_schema(kind: type[Body], limits: Limits) -> dict[str, Any]:
     """The body as JSON Schema, with this server's limits; null is as good as absent where there is a default."""
-    schema = GenerateBody.model_json_schema()
-    for name, field in schema["properties"].items():
-        if name in ("max_new_tokens", "top_k"):
-            field["maximum"] = limits.most(name)
-        if name not in schema["required"] and "anyOf" not in field:
-            described = {key: field.pop(key) for key in ("default", "description", "title") if key in field}
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **described}
-    schema["properties"]["max_new_tokens"]["default"] = limits.default_new_tokens
-    schema["properties"]["timeout_s"]["anyOf"][0]["maximum"] = limits.timeout_s
+    schema = kind.model_json_schema()
+    fields = schema["properties"]
+    for field, name in _names(kind).items():
+        if name not in schema["required"]:
+            fields[name] = _or_null(fields[name])
+        if field in LIMITED_BY_SERVER:
+            fields[name]["anyOf"][0]["maximum"] = limits.most(field)
+        if field == "max_new_tokens":
+            fields[name]["default"] = min(fields[name]["default"], limits.max_new_tokens)
+    if "temperature" in fields:  # a range of JSON Schema has no gap
+        warm = {"type": "number", "minimum": MIN_TEMPERATURE, "maximum": 2}
+        fields["temperature"]["anyOf"][:1] = [{"const": 0}, warm]
+    if "seed" in fields:  # FastAPI makes floats of limits: 2^63 is one, 2^63 - 1 is not
+        fields["seed"]["anyOf"][0] = {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**63}
+    if "disabled_experts" in fields:
+        fields["disabled_experts"]["anyOf"][0]["items"] = _pair_schema(limits.model)
+    _limit_token_ids(schema, limits.model.vocab_size - 1)
     return schema
+
+
+def _pair_schema(model: ModelConfig) -> dict[str, Any]:
+    ends = (model.num_layers - 1, model.num_experts - 1)
+    pair = [{"type": "integer", "minimum": 0, "maximum": end} for end in ends]
+    return {"type": "array", "prefixItems": pair, "items": False, "minItems": 2}
+
+
+def _limit_token_ids(schema: Any, most: int) -> None:
+    """The only plain integers in a list are token ids."""
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _limit_token_ids(part, most)
+    if isinstance(schema, dict) and schema.get("items") == {"type": "integer"}:
+        schema["items"] = {"type": "integer", "minimum": 0, "maximum": most}
+
+
+def _or_null(field: dict[str, Any]) -> dict[str, Any]:
+    described: dict[str, Any] = {key: field.pop(key) for key in ("default", "description", "title") if key in field}
+    choices = [each for each in field.get("anyOf", [field]) if each != NULL]
+    return {"anyOf": [*choices, NULL], **described}
+
+
+def _names(kind: type[Body]) -> dict[str, str]:
+    """The field names of a kind of body and what they are called on the wire."""
+    return {name: field.alias or name for name, field in kind.model_fields.items()}
 
 
 _CODES = {
@@ -167,15 +246,15 @@ _CODES = {
     "less_than_equal": "out_of_range",
     "literal_error": "out_of_range",
     "out_of_range": "out_of_range",
+    "unsupported_value": "unsupported_value",
 }
 
 
-def _refusal(error: ValidationError) -> ApiError:
+def _refusal(error: ValidationError, names: Iterable[str]) -> ApiError:
     first = error.errors(include_url=False, include_input=False)[0]
     code = _CODES.get(first["type"], "wrong_type")
     if code == "unknown_field":  # its name is the client's, so it is not repeated
-        known = ", ".join(GenerateBody.model_fields)
-        return ApiError(code, f"the body has a field that is not known; known are {known}")
+        return ApiError(code, f"the body has a field that is not known; known are {', '.join(names)}")
     param = str(first["loc"][0]) if first["loc"] else None  # a name that is no Unicode has no place of its own
     if code in ("missing_field", "invalid_unicode"):
         return ApiError(code, param=param)
@@ -186,8 +265,8 @@ def _refusal(error: ValidationError) -> ApiError:
 
 
 class ErrorDetail(BaseModel):
-    type: str
-    code: str
+    type: str = Field(json_schema_extra={"enum": [*sorted({kind.type for kind in KINDS.values()})]})
+    code: str = Field(json_schema_extra={"enum": [*sorted(KINDS)]})
     message: str
     param: str | None
     request_id: str
@@ -256,6 +335,16 @@ class GenerateAnswer(BaseModel):
     tokens: list[TokenBody] | None = None
 
 
+class TokenizeAnswer(BaseModel):
+    count: int
+    tokens: list[int]
+    prompt_used: str | None = Field(None, description="the text that was folded, and is spelled by these tokens")
+
+
+class DetokenizeAnswer(BaseModel):
+    prompt: str
+
+
 class ModelInfo(BaseModel):
     name: str
     parameters: int
@@ -318,3 +407,7 @@ class Info(BaseModel):
 class Health(BaseModel):
     phase: str
     elapsed_s: float
+
+
+class NotReady(ErrorBody, Health):
+    """A probe's answer with a status of 503."""

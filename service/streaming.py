@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -51,11 +51,22 @@ class Generation:
         return {"id": self.id, "model": self.model, "seed": self.seed, "params": self.params, **folded}
 
 
+class Dialect(Protocol):
+    """The words for one generation: as a stream of events, or as one answer when all has been drawn."""
+
+    def start_event(self) -> bytes: ...
+
+    def event(self, event: Event) -> bytes: ...
+
+    def answer(self, drawn: list[DrawnToken], ended: Ended) -> dict[str, Any]: ...
+
+
 class Transcript:
     """One answer as it grows: its text so far, and every event in the words of the wire."""
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: Generation, *, with_tokens: bool = False) -> None:
         self._generation = generation
+        self._with_tokens = with_tokens
         self._last_index = generation.last_index
         self._pieces: list[str] = []
 
@@ -68,9 +79,9 @@ class Transcript:
                 {"token_id": token_id, "text": self._generation.token_texts[token_id], "logprob": logprob}
                 for token_id, logprob in drawn.top_logprobs
             ]
-        if drawn.routed_experts is not None and drawn.expert_weights is not None:
+        if drawn.routed_experts is not None:
             body["routed_experts"] = drawn.routed_experts
-            body["expert_weights"] = [[round(weight, 6) for weight in layer] for layer in drawn.expert_weights]
+            body["expert_weights"] = weights_of(drawn)
         return body
 
     def done(self, ended: Ended) -> dict[str, Any]:
@@ -103,9 +114,19 @@ class Transcript:
             return self._sse("done", self.done(event))
         return self._sse("error", {"error": error.describe(self._generation.id), "code": error.code})
 
+    def answer(self, drawn: list[DrawnToken], ended: Ended) -> dict[str, Any]:
+        tokens = [self.token(each) for each in drawn]
+        told = {"tokens": tokens} if self._with_tokens else {}
+        return {**self._generation.head(), **self.done(ended), **told}
+
     def _sse(self, event: str, data: dict[str, Any]) -> bytes:
         """The id tells how far the text has come: any server with this fingerprint can go on from there."""
         return sse(event, data, f"{self._generation.fingerprint}:{self._last_index}")
+
+
+def weights_of(drawn: DrawnToken) -> list[list[float]]:
+    """Its experts' weights, as precise as anybody needs them."""
+    return [[round(weight, 6) for weight in layer] for layer in drawn.expert_weights or ()]
 
 
 def error_of(ended: Ended) -> ApiError | None:
@@ -115,21 +136,25 @@ def error_of(ended: Ended) -> ApiError | None:
 
 
 def raise_if_refused(first: Event) -> None:
-    """A sequence that ends before its first token gets a real status. Raises ApiError."""
-    if isinstance(first, Ended) and first.reason not in BY_ITSELF:
+    """A sequence that is cut off before its first token gets a real status. Raises ApiError."""
+    if isinstance(first, Ended) and first.reason not in BY_ITSELF:  # an empty text is all there is before a stop string
         raise error_of(first) or ApiError("timeout")
 
 
 def sse(event: str, data: dict[str, Any], event_id: str) -> bytes:
-    return f"id: {event_id}\nevent: {event}\ndata: {_encode(data)}\n\n".encode()
+    return f"id: {event_id}\nevent: {event}\n".encode() + data_event(data)
 
 
-async def stream_events(transcript: Transcript, stream: TokenStream, first: list[Event]) -> AsyncIterator[bytes]:
+def data_event(data: dict[str, Any]) -> bytes:
+    return f"data: {_encode(data)}\n\n".encode()
+
+
+async def stream_events(dialect: Dialect, stream: TokenStream, first: list[Event]) -> AsyncIterator[bytes]:
     """Everything that is ready leaves in one write: a slow client costs fewer writes, not a longer queue."""
-    chunk, events, written_at = transcript.start_event(), first, time.monotonic()
+    chunk, events, written_at = dialect.start_event(), first, time.monotonic()
     while True:
         for event in events:
-            chunk += transcript.event(event)
+            chunk += dialect.event(event)
             if len(chunk) >= MOST_BYTES:
                 yield chunk
                 chunk, written_at = b"", time.monotonic()
@@ -141,20 +166,18 @@ async def stream_events(transcript: Transcript, stream: TokenStream, first: list
         events = await stream.next_events(PING_S)
 
 
-async def collect(
-    generation: Generation, transcript: Transcript, stream: TokenStream, first: list[Event], *, with_tokens: bool
-) -> dict[str, Any]:
+async def collect(dialect: Dialect, stream: TokenStream, first: list[Event]) -> dict[str, Any]:
     """The answer to ``"stream": false``. Raises ApiError when the sequence did not end as it should."""
-    tokens: list[dict[str, Any]] = []
+    drawn: list[DrawnToken] = []
     events = first
     while True:
-        tokens += [transcript.token(event) for event in events if isinstance(event, DrawnToken)]
+        drawn += [event for event in events if isinstance(event, DrawnToken)]
         if isinstance(last := events[-1], Ended):
             break
         events = await stream.next_events()
     if error := error_of(last):
         raise error
-    return {**generation.head(), **transcript.done(last), **({"tokens": tokens} if with_tokens else {})}
+    return dialect.answer(drawn, last)
 
 
 class EventStream(StreamingResponse):

@@ -8,12 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.evidence import Evidence
+from tests.examples import examples_of
 from tests.service.serving import Server
 from training.corpora import Corpus
 
@@ -24,17 +24,13 @@ README = (ROOT / "README.md").read_text()
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="no curl on this machine")
 
 
-def block(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    assert found
-    return found[1]
+def block(language: str, index: int = 0) -> str:
+    return [example.code for example in examples_of(ROOT / "README.md") if example.language == language][index]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("readme") / "log").wait_until_ready()
-    yield server
-    server.stop()
+def server(shipped: Server) -> Server:
+    return shipped
 
 
 def streamed(curl_output: str) -> str:
@@ -64,8 +60,9 @@ def test_the_curl_line_streams_text_in_the_corpuss_words(server: Server, corpus:
 
 
 @needs_curl
-def test_the_python_lines_print_the_same_text(server: Server) -> None:
-    program = block("python").replace(":8000", f":{server.port}")
+@pytest.mark.parametrize("index", [0, 1], ids=["standard library", "openai"])
+def test_the_python_lines_print_the_same_text(server: Server, index: int) -> None:
+    program = block("python", index).replace(":8000", f":{server.port}")
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert printed.returncode == 0, printed.stderr
     line = block("sh").replace(":8000", f":{server.port}")

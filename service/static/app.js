@@ -2,10 +2,10 @@
 
 import { Card } from "./card.js";
 import { byId, make } from "./dom.js";
-import { readEvents } from "./events.js";
 import { Heatmap } from "./heatmap.js";
-import { asCurl, fetchInfo, openStream, Trouble } from "./service.js";
+import { asCurl, fetchInfo, Trouble } from "./service.js";
 import { Settings } from "./settings.js";
+import { survivingStream } from "./stream.js";
 import { Speaker, Text } from "./text.js";
 
 const settings = new Settings(byId("form"));
@@ -24,11 +24,10 @@ async function generate(seed) {
   const request = { controller: new AbortController(), body: settings.body(seed), askedAt: performance.now() };
   begin(request);
   try {
-    for await (const { name, data } of readEvents(await openStream(request.body, request.controller.signal))) {
+    for await (const { name, data } of survivingStream(request.body, request.controller.signal, () => wait(request))) {
       if (current === request) on[name]?.(request, data);
       if (current !== request) return;
     }
-    throw new Error("the stream ended in the middle");
   } catch (error) {
     if (current === request) end(inWords(error), true);
   }
@@ -46,10 +45,12 @@ const on = {
 
   token(request, token) {
     request.firstAt ??= performance.now();
+    request.pace ??= { index: token.index, at: performance.now() };
     text.tokens.push(token);
     heatmap.add(token);
     speaker.hear(token.text);
     request.frame ??= requestAnimationFrame(() => draw(request));
+    say("Writing …");
   },
 
   done(request, { finish_reason, timings, routing }) {
@@ -83,13 +84,20 @@ function begin(request) {
 function draw(request) {
   request.frame = null;
   if (current !== request || !request.firstAt) return;
-  const seconds = (performance.now() - request.firstAt) / 1000;
   text.show();
   heatmap.show();
   byId("ttft").textContent = `${Math.round(request.firstAt - request.askedAt)} ms`;
   byId("count").textContent = `${text.tokens.length} tokens`;
-  if (seconds > 0.2) tellSpeed((text.tokens.length - 1) / seconds);
-  say("Writing …");
+  const { index, at } = request.pace ?? {};
+  const seconds = (performance.now() - at) / 1000;
+  if (seconds > 0.2) tellSpeed((text.tokens.length - 1 - index) / seconds);
+}
+
+/** The connection was lost, and the next try is due in a moment. */
+function wait(request) {
+  request.pace = null; // the speed is measured anew when tokens come again: a gap is not slow writing
+  byId("rate").textContent = "–";
+  say(`${lossInWords()}; picking it up again …`, true);
 }
 
 function end(words, isTrouble = false) {
@@ -108,10 +116,11 @@ function stop() {
 }
 
 function inWords(error) {
-  if (error instanceof Trouble) return error.message;
-  if (!text.tokens.length) return "The service cannot be reached. Is it running?";
-  return `The connection was lost after ${text.tokens.length} tokens. What arrived is kept.`;
+  const reason = error instanceof Trouble ? error.message : "The service cannot be reached. Is it running?";
+  return text.tokens.length ? `${lossInWords()}. ${reason} What arrived is kept.` : reason;
 }
+
+const lossInWords = () => `The connection was lost after ${text.tokens.length} tokens`;
 
 function tellFolding(prompt, used) {
   const foreign = [...new Set(prompt)].filter((character) => !used.includes(character));

@@ -1,6 +1,6 @@
 /** Reads server-sent events from a response body. Knows the wire format, not what the events mean. */
 
-/** Yields {name, data} for each event, however its bytes were cut into chunks; comments are passed over. */
+/** Yields {id, name, data} for each event, however its bytes were cut into chunks; a lone comment has none of them. */
 export async function* readEvents(body) {
   const reader = body.getReader();
   const decoder = new TextDecoder();
@@ -9,7 +9,7 @@ export async function* readEvents(body) {
     for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
       const blocks = (rest + decoder.decode(chunk.value, { stream: true })).split(/\r?\n\r?\n/);
       rest = blocks.pop();
-      yield* blocks.map(parse).filter((event) => event.data);
+      for (const block of blocks) yield parse(block);
     }
   } finally {
     reader.cancel().catch(() => {}); // a reader who leaves early closes the connection
@@ -18,5 +18,5 @@ export async function* readEvents(body) {
 
 function parse(block) {
   const fields = Object.fromEntries(block.split(/\r?\n/).map((line) => line.split(/: ?(.*)/)));
-  return { name: fields.event, data: fields.data && JSON.parse(fields.data) };
+  return { id: fields.id, name: fields.event, data: fields.data && JSON.parse(fields.data) };
 }

@@ -2,8 +2,9 @@
 
 /** Something the reader should be told, in a sentence. */
 export class Trouble extends Error {
-  constructor(message) {
+  constructor(message, response = {}) {
     super(`${message[0].toUpperCase()}${message.slice(1)}.`);
+    Object.assign(this, response);
   }
 }
 
@@ -12,9 +13,9 @@ export async function fetchInfo() {
   return response.json();
 }
 
-/** Asks for a stream and returns its body. */
-export async function openStream(body, signal) {
-  const headers = { "Content-Type": "application/json" };
+/** Asks for a stream, or for the rest of one after the event lastId, and returns its body. */
+export async function openStream(body, signal, lastId = null) {
+  const headers = { "Content-Type": "application/json", ...(lastId && { "Last-Event-ID": lastId }) };
   const response = await answered(fetch("generate", { method: "POST", headers, body: JSON.stringify(body), signal }));
   return response.body;
 }
@@ -30,5 +31,6 @@ async function answered(request) {
   const { error } = await response.json().catch(() => ({}));
   const seconds = response.headers.get("Retry-After");
   const later = seconds ? `; try again in ${seconds} s` : "";
-  throw new Trouble((error?.message ?? `the service answered with status ${response.status}`) + later);
+  const message = error?.message ?? `the service answered with status ${response.status}`;
+  throw new Trouble(message + later, { status: response.status, retryAfterMs: 1000 * seconds });
 }

@@ -4,44 +4,24 @@ import re
 import shutil
 import subprocess
 from typing import Any, Literal
-from urllib.parse import urlencode
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Page, expect
 
 from tests.e2e.conftest import OpenPage
+from tests.e2e.reading import (
+    choose_layer,
+    expect_state,
+    generate,
+    letters,
+    settings,
+    tints,
+    top_experts,
+    wait_for_letters,
+    wait_until_done,
+    written,
+)
 from tests.service.serving import PATIENCE_S, Event, Server, parse_events
-
-PATIENCE_MS = PATIENCE_S * 1000
-NUM_TOKENS = 200
-
-
-def settings(**values: object) -> str:
-    return urlencode({"prompt": "ROMEO:", "max_new_tokens": NUM_TOKENS, "seed": 7, **values})
-
-
-def generate(page: Page) -> None:
-    page.get_by_role("button", name="Generate").click()
-
-
-def wait_until_done(page: Page) -> None:
-    expect_state(page, "Done.")
-
-
-def expect_state(page: Page, words: str | re.Pattern[str]) -> None:
-    expect(page.locator("#state")).to_have_text(words, timeout=PATIENCE_MS)
-
-
-def letters(page: Page) -> Locator:
-    return page.locator("#text .letter")
-
-
-def wait_for_letters(page: Page, count: int) -> None:
-    expect(letters(page).nth(count - 1)).to_be_attached(timeout=PATIENCE_MS)
-
-
-def written(page: Page) -> str:
-    return "".join(letters(page).all_text_contents())
 
 
 def events_of_generating(page: Page) -> list[Event]:
@@ -63,20 +43,6 @@ def events_of_generating(page: Page) -> list[Event]:
 
 def token_events(page: Page) -> list[dict[str, Any]]:
     return [data for name, data in events_of_generating(page) if name == "token"]
-
-
-def top_experts(tokens: list[dict[str, Any]], layer: int) -> list[int]:
-    weighted = ((token["expert_weights"][layer], token["routed_experts"][layer]) for token in tokens)
-    return [experts[weights.index(max(weights))] for weights, experts in weighted]
-
-
-def tints(letters_or_legend: Locator) -> list[str]:
-    colours: list[str] = letters_or_legend.evaluate_all("all => all.map(one => getComputedStyle(one).backgroundColor)")
-    return colours
-
-
-def choose_layer(page: Page, layer: int) -> None:
-    page.get_by_role("group", name="Layer").get_by_role("radio", name=str(layer), exact=True).check()
 
 
 def test_text_appears_in_several_updates_before_the_end(server: Server, open_page: OpenPage) -> None:
@@ -268,7 +234,7 @@ def test_a_server_that_comes_late_fills_up_and_goes_away_is_told_in_words(
     expect_state(refused, re.compile(r"wait.*; try again in \d+ s\.$"))
 
     narrow_server.process.kill()
-    expect_state(page, re.compile(r"^The connection was lost after \d+ tokens\. What arrived is kept\.$"))
+    expect_state(page, re.compile(r"^The connection was lost after \d+ tokens; picking it up again …$"))
     assert letters(page).count() >= 5
     generate(refused)
     expect_state(refused, "The service cannot be reached. Is it running?")

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from model.config import ModelConfig
 from service.body import parse_json_object
 from service.errors import ApiError
-from service.schemas import MAX_PROMPT_CHARACTERS, GenerateBody, Limits, parse_generate
+from service.schemas import MAX_PROMPT_CHARACTERS, GenerateBody, Limits, parse_body
 
 LIMITS = Limits(max_new_tokens=1000, timeout_s=300, model=ModelConfig(65))
 
 
 def parse(content: str | bytes) -> GenerateBody:
     raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
-    return parse_generate(parse_json_object(raw), LIMITS)
+    return parse_body(GenerateBody, parse_json_object(raw), LIMITS)
 
 
 def body(**fields: object) -> str:
@@ -46,7 +46,7 @@ def test_absent_null_and_default_are_the_same() -> None:
 
 
 def test_the_default_length_never_exceeds_the_server_s_limit() -> None:
-    assert parse_generate({"prompt": ""}, replace(LIMITS, max_new_tokens=10)).max_new_tokens == 10
+    assert parse_body(GenerateBody, {"prompt": ""}, replace(LIMITS, max_new_tokens=10)).max_new_tokens == 10
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,103 @@
+"""From trials to figures, and from figures to a table for people. Starts nothing and measures nothing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.engine import EngineTrial
+from benchmarks.over_http import HttpTrial
+
+Figures = dict[str, Any]
+# Two lines of heading, where the figure is found, how it is written.
+COLUMNS = (
+    ("", "streams", "streams", "{}"),
+    ("engine", "tokens/s", "engine.tokens_per_second", "{:,.0f}"),
+    ("(decode", "only)", "engine.decode_tokens_per_second", "{:,.0f}"),
+    ("HTTP", "tokens/s", "http.tokens_per_second", "{:,.0f}"),
+    ("HTTP of", "engine", "share", "{:.1%}"),
+    ("1st token", "p50 ms", "http.first_token_ms.p50", "{:.1f}"),
+    ("", "p95 ms", "http.first_token_ms.p95", "{:.1f}"),
+    ("next token", "p50 ms", "http.inter_token_ms.p50", "{:.2f}"),
+    ("", "p95 ms", "http.inter_token_ms.p95", "{:.2f}"),
+    ("", "p99 ms", "http.inter_token_ms.p99", "{:.2f}"),
+    ("CPU us/token", "engine", "engine.cpu_us_per_token", "{:,.0f}"),
+    ("", "server", "http.cpu_us_per_token", "{:,.0f}"),
+    ("", "client", "http.client_cpu_us_per_token", "{:,.0f}"),
+)
+
+
+def figures(streams: int, engine: Sequence[EngineTrial], http: Sequence[HttpTrial]) -> Figures:
+    """Medians over the rounds. The share is of each round's pair, since a machine that slows down slows both."""
+    shares = [over.tokens_per_second / alone.tokens_per_second for over, alone in zip(http, engine, strict=False)]
+    return {
+        "streams": streams,
+        "engine": _engine(engine) if engine else None,
+        "http": _http(http) if http else None,
+        "share": _median(shares, 4),
+        "shares": [round(share, 4) for share in shares],
+    }
+
+
+def table(rows: Sequence[Figures]) -> str:
+    """Without the columns of which nothing is known."""
+    known = [column for column in COLUMNS if any(_find(row, column[2]) is not None for row in rows)]
+    lines = [[column[0] for column in known], [column[1] for column in known]]
+    lines += [[_write(form, _find(row, path)) for _, _, path, form in known] for row in rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, cells, widths)).rstrip() for cells in lines)
+
+
+def _engine(trials: Sequence[EngineTrial]) -> Figures:
+    decode_rates = [trial.decode_rate for trial in trials if trial.decode_rate]
+    return {
+        **_rates(trials, [trial.cpu_seconds for trial in trials]),
+        "decode_tokens_per_second": _median(decode_rates),
+    }
+
+
+def _http(trials: Sequence[HttpTrial]) -> Figures:
+    answers = [answer for trial in trials for answer in trial.answers]
+    return {
+        **_rates(trials, [trial.server_cpu_seconds for trial in trials]),
+        "client_cpu_us_per_token": _per_token(trials, [trial.client_cpu_seconds for trial in trials]),
+        "first_token_ms": _percentiles([answer.token_times[0] - answer.sent_at for answer in answers], 50, 95),
+        "inter_token_ms": _percentiles([gap for answer in answers for gap in answer.gaps], 50, 95, 99),
+    }
+
+
+def _rates(trials: Sequence[EngineTrial | HttpTrial], cpu_seconds: Sequence[float | None]) -> Figures:
+    rates = [trial.tokens_per_second for trial in trials]
+    return {
+        "tokens_per_second": _median(rates),
+        "rounds": [round(rate, 1) for rate in rates],
+        "cpu_us_per_token": _per_token(trials, cpu_seconds),
+    }
+
+
+def _median(values: Sequence[float], digits: int = 1) -> float | None:
+    return round(statistics.median(values), digits) if values else None
+
+
+def _percentiles(seconds: Sequence[float], *wanted: int) -> Figures:
+    """By nearest rank, in milliseconds, over all values of all rounds at once: percentiles have no mean."""
+    ranked = sorted(seconds)
+    return {f"p{percent}": round(ranked[-(-len(ranked) * percent // 100) - 1] * 1000, 3) for percent in wanted}
+
+
+def _per_token(trials: Sequence[EngineTrial | HttpTrial], seconds: Sequence[float | None]) -> float | None:
+    """In microseconds."""
+    known = [each for each in seconds if each is not None]
+    return round(sum(known) / sum(trial.tokens for trial in trials) * 1e6, 1) if known else None
+
+
+def _find(row: Figures, path: str) -> Any:
+    value: Any = row
+    for name in path.split("."):
+        value = None if value is None else value[name]
+    return value
+
+
+def _write(form: str, value: Any) -> str:
+    return "-" if value is None else form.format(value)
