@@ -296,39 +296,44 @@ def figures(engine: EngineThread) -> Figures:
 
 
 def test_a_slow_reader_is_paused_and_loses_nothing_and_one_who_stays_slow_is_stalled(
-    server: Server, at: At, evidence: Evidence
+    server: Server, start_server: StartServer, at: At, evidence: Evidence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    length = at(1_300, 5_000)
-    with narrow_connection(server.port) as reader:
+    # A thousand tokens that nobody reads may take more than 15 s where the machine is busy.
+    monkeypatch.setenv("STALLED_AFTER_S", str(PATIENCE_S))
+    patient = start_server("--slots", 4, module="tests.service.watched").wait_until_ready()
+    length = at(1_300, 3_000)
+    with narrow_connection(patient.port) as reader:
         reader.sendall(request({"max_new_tokens": length, "seed": 1, **FAT}))
-        server.wait_for(requests_running=1)
-        wait_until(lambda: written_beside(server) == 0)
-        assert [written_beside(server) for _ in range(3)] == [0, 0, 0], "it has left the batch"
-        assert server.metrics().total("requests_running") == 1, "and keeps its slot"
+        patient.wait_for(requests_running=1)
+        wait_until(lambda: written_beside(patient) == 0)
+        assert [written_beside(patient) for _ in range(3)] == [0, 0, 0], "it has left the batch"
+        assert patient.metrics().total("requests_running") == 1, "and keeps its slot"
         events = rest_of(reader)
     tokens = [data for name, data in events if name == "token"]
     assert [name for name, _ in events if name != "token"] == ["start", "done"]
-    assert tokens == server.answer("", max_new_tokens=length, seed=1, **FAT)["tokens"]
+    assert tokens == patient.answer("", max_new_tokens=length, seed=1, **FAT)["tokens"]
     evidence("tokens that a reader got after a pause, the same as without one", len(tokens))
     if at(False, True):
-        evidence("seconds until a reader of 1 kB/s was ended as stalled", stalled_after(server))
+        evidence("seconds that a reader of some kB/s was listened to before it was stalled", stalled_after(server))
 
 
 def stalled_after(server: Server) -> float:
-    """Reads on, but far too slowly, from the moment at which the sequence is paused until it is ended."""
+    """Reads all the time, but far too slowly, and to the end once its sequence has been ended."""
     before = server.metrics().total("requests_total", outcome="stalled")
     with narrow_connection(server.port) as reader:
         reader.sendall(request({"max_new_tokens": FOR_EVER, **FAT}))
         server.wait_for(requests_running=1)
-        wait_until(lambda: written_beside(server) == 0)
         began, first = time.monotonic(), b""
         while server.metrics().total("requests_total", outcome="stalled") == before:
-            first += reader.recv(1024)
-            assert time.monotonic() - began < 2 * STALLED_AFTER_S
-            time.sleep(1)  # which is what makes it slow
+            # With much less now and then, its connection counts as dead before its sequence does as stalled.
+            pieces = [reader.recv(1024) for _ in range(6)]
+            assert all(pieces), "it was cut"
+            first += b"".join(pieces)
+            assert time.monotonic() - began < 10 * STALLED_AFTER_S
+            time.sleep(0.25)  # which is what makes it slow
         took = time.monotonic() - began
         events = rest_of(reader, first)
-    assert took > STALLED_AFTER_S - 2
+    assert took >= STALLED_AFTER_S
     assert [data["index"] for name, data in events if name == "token"] == list(range(len(events) - 2))
     name, last = events[-1]
     assert (name, last["code"]) == ("error", "stalled")
