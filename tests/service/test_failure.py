@@ -78,7 +78,7 @@ def test_an_engine_that_dies_or_hangs_ends_every_stream_and_then_the_process(
     fault: str,
     within_s: float,
 ) -> None:
-    steps = at([70], [5 + 4 * place for place in range(50)])
+    steps = at([70], [5 + 8 * place + 4 * (fault == "hang") for place in range(25)])
 
     def slowest_at(step: int) -> float:
         server = start(start_server, monkeypatch, f"{fault}:{step}", "--stuck-after-s", 3)
