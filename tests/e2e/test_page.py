@@ -56,7 +56,7 @@ def give_key(page: Page, key: str) -> None:
 
 def shown_of(page: Page) -> str:
     """All that the page could tell of a key, but for what stands in its field."""
-    return page.url + page.content() + page.evaluate("document.body.innerText")
+    return page.url + page.content() + str(page.evaluate("document.body.innerText"))
 
 
 def complaints_but_for_401(visit: Visit) -> list[str]:
@@ -353,7 +353,7 @@ def test_a_text_goes_on_with_the_key_and_ends_in_words_when_the_key_is_another(
     lock("another")
     expect_state(
         page,
-        re.compile(r"^The connection was lost after \d+ tokens\. The server refuses this key\. What arrived is kept\.$"),
+        re.compile(r"^The connection was lost after \d+ tokens\. The server refuses this key\. What arrived is kept.$"),
     )
     assert letters(page).count() >= 5
     expect(page.get_by_label("Key", exact=True)).to_be_focused()
