@@ -75,8 +75,16 @@ class Server(uvicorn.Server):
     async def main_loop(self) -> None:
         try:
             await super().main_loop()
-        finally:
-            self._engine.drain()  # whatever went wrong: the process ends only when the engine's thread has
+        except Exception:  # a bug; uvicorn gives the app no chance to say goodbye then
+            await self._end_engine()
+            raise
+
+    async def _end_engine(self) -> None:
+        """Python aborts the process when it ends under the engine's thread."""
+        self._engine.drain()
+        while not self._engine.is_over:
+            await asyncio.sleep(0.05)
+        self._engine.join(FLUSH_S)
 
     async def on_tick(self, counter: int) -> bool:
         if self._engine.phase is EnginePhase.READY and not self._is_announced:
