@@ -296,6 +296,7 @@ def test_a_server_with_a_key_is_asked_with_it_from_when_the_reader_gives_it(
     expect(page.get_by_label("Key", exact=True)).to_be_focused()
     give_key(page, KEY)
     expect_state(page, "Ready.")
+    assert KEY not in shown_of(page)
     assert page.locator("#form").evaluate("form => form.offsetHeight") == height
     expect(page.get_by_role("button", name="Generate")).to_be_focused()
     expect(page.get_by_label("Key", exact=True)).to_be_hidden()
