@@ -37,7 +37,7 @@ bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
 
 # A run of a part (ARGS='-k kill') shows its scoreboard and leaves the written record alone.
 prove: .venv/test.stamp ## every claim at full size, on a scoreboard and in docs/evidence.md
-	@exec $(PY) -m pytest -q -o console_output_style=classic --prove $(or $(ARGS),--evidence=docs/evidence.md)
+	@exec $(PY) -m pytest -q -o console_output_style=classic -o faulthandler_timeout=1800 --prove $(or $(ARGS),--evidence=docs/evidence.md)
 
 .venv/serve.stamp: NEEDS := run
 .venv/train.stamp: NEEDS := run train

@@ -29,8 +29,8 @@ class KVCache:
     def bytes_per_slot(config: ModelConfig) -> int:
         return 2 * 4 * config.num_layers * config.num_kv_heads * config.context_length * config.head_dim
 
-    def clear(self, slot: int) -> None:
-        """Forget a slot. A NaN would leak into the slot's next tenant, because a mask does not hide one."""
+    def clear(self, slot: int | slice) -> None:
+        """Forget a slot, or several. A NaN would leak into the slot's next tenant, because a mask does not hide one."""
         self.keys[:, slot] = 0
         self.values[:, slot] = 0
 

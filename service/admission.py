@@ -170,5 +170,5 @@ def _sampling(body: TextBody, seed: int) -> SamplingParams:
         min_p=body.min_p,
         seed=seed,
         stop=tuple(body.stop),
-        disabled_experts=tuple((layer, expert) for layer, expert in body.disabled_experts),
+        disabled_experts=tuple(sorted({(layer, expert) for layer, expert in body.disabled_experts})),
     )

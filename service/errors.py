@@ -81,7 +81,7 @@ KINDS: Mapping[str, Kind] = {
     "draining": Kind(503, "unavailable", "the server is shutting down", retry_after_s=5),
     "shutdown": Kind(503, "unavailable", "the server shut down before this request was done", retry_after_s=5),
     "failed": Kind(503, "unavailable", "the engine has failed and the server is about to exit", retry_after_s=10),
-    "timeout": Kind(504, "timeout", "the request's time was over before its first token"),
+    "timeout": Kind(504, "timeout", "the request's time was over before its first new token"),
     "queue_timeout": Kind(504, "timeout", "no slot became free in the time that a request may wait", retry_after_s=5),
     "stalled": Kind(499, "cancelled", "the client read too slowly; this request was ended"),
 }

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from service.engine.reports import Figures, StepReport
-from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, Sequence
+from service.engine.sequence import Ended, Event, FinishReason, Sequence
 from service.engine.thread import EngineThread
 from service.logs import log_event
 from service.metrics import Metrics
@@ -56,8 +56,11 @@ class TokenStream:
             raise Abandoned
         self._news.clear()
         events, self._events = self._events, []
-        self.sequence.num_taken += sum(isinstance(event, DrawnToken) for event in events)
         return events
+
+    def take(self, num_tokens: int) -> None:
+        """So many more tokens have left for the client: the engine pauses and ends a sequence by what has not."""
+        self.sequence.num_taken += num_tokens
 
 
 class Exchange:
@@ -144,7 +147,7 @@ def _lost(sequence: Sequence, now: float) -> Ended:
 
 
 async def watch(engine: EngineThread, exchange: Exchange, stuck_after_s: float) -> None:
-    """Looks after the engine until it is over; one that is dead or stuck is given up, and its streams end.
+    """Looks after the engine until it is over; one that is dead or stuck is given up. No stream outlives it.
 
     A step that seems stuck is looked at twice: after a pause of the whole process everything looks late for a moment.
     """
@@ -155,7 +158,8 @@ async def watch(engine: EngineThread, exchange: Exchange, stuck_after_s: float) 
         suspected_at = min(suspected_at, time.monotonic()) if is_stuck else math.inf
         if engine.has_died or time.monotonic() - suspected_at >= SECOND_LOOK_AFTER_S:
             engine.give_up()
-            exchange.end_all()
+    await asyncio.sleep(LOOK_EVERY_S)  # in which an engine that failed by itself tells of its ends
+    exchange.end_all()
 
 
 async def refresh_figures(engine: EngineThread, timeout_s: float) -> None:

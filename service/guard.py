@@ -6,6 +6,7 @@ Pure ASGI, as in middleware. Everything is closed but what it is told to leave o
 from __future__ import annotations
 
 import ipaddress
+import re
 import secrets
 from collections.abc import Set
 from typing import Final
@@ -22,6 +23,7 @@ PROBES: Final = frozenset({"/livez", "/readyz"})
 METRICS_PATH: Final = "/metrics"
 GENERATING: Final = frozenset({"/generate", "/v1/completions"})
 ANY: Final = "*"
+_BRACKETED: Final = re.compile(r"\[([^]]*)\](?::[0-9]*)?")
 CROSS_ORIGIN_HEADERS: Final = {
     "Access-Control-Allow-Methods": "GET, POST",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID, X-Request-Id",
@@ -127,7 +129,10 @@ def split_list(text: str) -> frozenset[str]:
 def _without_port(host: str) -> str:
     """As it is compared: lower case, an IPv6 address without its brackets."""
     host = host.lower()
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if not host.startswith("["):
+        return host.partition(":")[0]
+    match = _BRACKETED.fullmatch(host)
+    return match[1] if match else ""
 
 
 def _is_address(name: str) -> bool:

@@ -33,6 +33,7 @@ COMMON_HEADERS: Final = {
 }
 MAX_CLIENT_ID: Final = 128
 MAX_LOGGED_PATH: Final = 200
+_ABOUT_PARTS: Final = frozenset({b"range", b"if-range"})  # files come whole; starlette's refusals are not ours
 _NOT_FOR_AN_ID: Final = re.compile(r"[^A-Za-z0-9._:+/=-]")
 
 
@@ -48,6 +49,7 @@ class RequestScope:
             return
         call = _Call(scope, send)
         inner = dict(scope)
+        inner["headers"] = [header for header in scope["headers"] if header[0] not in _ABOUT_PARTS]
         if scope["method"] == "HEAD":
             inner["method"] = "GET"  # to everything within; the server leaves the body out
         if scope["path"].endswith(("/.", "/..")):

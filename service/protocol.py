@@ -11,7 +11,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from httptools import HttpParserUpgrade, HttpRequestParser
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.body import BODY_S
 from service.errors import ApiError
@@ -20,7 +21,8 @@ from service.middleware import COMMON_HEADERS
 
 @dataclass(frozen=True)
 class Bounds:
-    """Seconds for a request's head, for its body, and for an answer's bytes to move; bytes and lines of a head."""
+    """Seconds for a request's head, for its body, and for an answer's bytes to move; bytes and lines of a head;
+    requests that may wait behind an answer."""
 
     connections: int
     head_s: float = 10.0
@@ -28,6 +30,7 @@ class Bounds:
     stalled_s: float = 15.0
     head_bytes: int = 32_768
     headers: int = 100
+    pipelined: int = 16
 
 
 class CountingTransport:
@@ -49,6 +52,23 @@ class CountingTransport:
         return getattr(self._transport, name)
 
 
+class Parser(HttpRequestParser):
+    """Goes on reading where a client offers another protocol; its own would take the body for that protocol's."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        super().__init__(protocol)
+        self._protocol = protocol
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+
+    def feed_data(self, data: Any) -> None:
+        try:
+            super().feed_data(data)
+        except HttpParserUpgrade as upgrade:
+            if not self._protocol.is_offered_upgrade:
+                raise
+            self.feed_data(self._protocol.head_without_upgrade() + data[upgrade.args[0] :])
+
+
 class Protocol(HttpToolsProtocol):
     """Answers what is not HTTP, and reaches no application, in the shape of all other refusals."""
 
@@ -56,7 +76,9 @@ class Protocol(HttpToolsProtocol):
 
     def __init__(self, bounds: Bounds, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.parser = Parser(self)
         self._bounds = bounds
+        self._answering: RequestResponseCycle | None = None
         self._refusal = "bad_request"
         self._due: float | None = None
         self._is_in_body = False
@@ -99,19 +121,46 @@ class Protocol(HttpToolsProtocol):
             self._refusal = "headers_too_large"
             raise OverflowError  # ends the parsing; uvicorn then asks for a 400 response
 
+    @property
+    def is_offered_upgrade(self) -> bool:
+        return self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers)
+
+    def head_without_upgrade(self) -> bytes:
+        first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        lines = [b"%b: %b" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([first, *lines, b"", b""])
+
     def on_headers_complete(self) -> None:
+        if self.is_offered_upgrade:
+            return
         self._is_in_body = True
         self._due = self.loop.time() + self._bounds.body_s
         super().on_headers_complete()
+        if len(self.pipeline) > self._bounds.pipelined:
+            raise OverflowError
+        if self.pipeline:
+            self.flow.resume_reading()  # or nobody would see that the client leaves
 
     def on_body(self, body: bytes) -> None:
         self._unseen_bytes = 0
         super().on_body(body)
+        if self.pipeline and self.flow.read_paused:
+            raise OverflowError  # more than may wait behind an answer
 
     def on_message_complete(self) -> None:
+        if self.is_offered_upgrade:
+            return
         self._is_in_body = False
-        self._due = None
+        self._due = None if self._is_answering else self.loop.time() + self._bounds.head_s  # answered before it came
         super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.cycle = self._answering  # type: ignore[assignment]  # uvicorn tells the last one, which may wait still
+        super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
         if self._due is not None and not self._is_in_body:

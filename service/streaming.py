@@ -110,7 +110,9 @@ class Transcript:
                 return b""
             self._last_index = event.index
             return self._sse("token", body)
-        if (error := error_of(event)) is None:
+        is_short = event.reason is FinishReason.TIMEOUT and event.generated_tokens <= self._generation.last_index
+        error = ApiError("timeout") if is_short else error_of(event)
+        if error is None:
             return self._sse("done", self.done(event))
         return self._sse("error", {"error": error.describe(self._generation.id), "code": error.code})
 
@@ -153,14 +155,18 @@ async def stream_events(dialect: Dialect, stream: TokenStream, first: list[Event
     """Everything that is ready leaves in one write: a slow client costs fewer writes, not a longer queue."""
     chunk, events, written_at = dialect.start_event(), first, time.monotonic()
     while True:
+        num_tokens = 0
         for event in events:
             chunk += dialect.event(event)
+            num_tokens += isinstance(event, DrawnToken)
             if len(chunk) >= MOST_BYTES:
                 yield chunk
-                chunk, written_at = b"", time.monotonic()
+                stream.take(num_tokens)
+                chunk, num_tokens, written_at = b"", 0, time.monotonic()
         if chunk or time.monotonic() - written_at >= PING_S:
             yield chunk or PING
             chunk, written_at = b"", time.monotonic()
+        stream.take(num_tokens)
         if events and isinstance(events[-1], Ended):
             return
         events = await stream.next_events(PING_S)
@@ -171,7 +177,9 @@ async def collect(dialect: Dialect, stream: TokenStream, first: list[Event]) -> 
     drawn: list[DrawnToken] = []
     events = first
     while True:
-        drawn += [event for event in events if isinstance(event, DrawnToken)]
+        tokens = [event for event in events if isinstance(event, DrawnToken)]
+        stream.take(len(tokens))
+        drawn += tokens
         if isinstance(last := events[-1], Ended):
             break
         events = await stream.next_events()

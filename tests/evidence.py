@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import pytest
 
+from service.engine.loading import cpu_model
 from tests.skips import skip_reason
 
 ROOT = Path(__file__).parents[1]
@@ -158,10 +159,3 @@ def commit() -> str:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty= with uncommitted changes"]
     told = subprocess.run(git, capture_output=True, text=True, check=False)
     return told.stdout.strip() or "not a git checkout"
-
-
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())

@@ -105,9 +105,8 @@ def _wishes(sequences: list[Sequence], padding: int, layout: Layout) -> Wishes:
     if any(sequence.params.disabled_experts for sequence in sequences):
         shape = (len(sequences) + padding, layout.num_layers, layout.num_experts)
         disabled = torch.zeros(shape, dtype=torch.bool)
-        for row, sequence in enumerate(sequences):
-            for layer, expert in sequence.params.disabled_experts:
-                disabled[row, layer, expert] = True
+        gone = [(row, *pair) for row, each in enumerate(sequences) for pair in each.params.disabled_experts]
+        disabled[tuple(torch.tensor(gone).T)] = True
         disabled = disabled.to(layout.device)
     return Wishes(max(wanted, default=None), disabled)
 

@@ -15,12 +15,13 @@ from service.engine.drawn import Drawn, Rows, frozen
 from service.engine.reports import Delivery, Figures, StepReport
 from service.engine.runner import Runner
 from service.engine.scheduler import Plan, PrefillPlan, Scheduler
-from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, Phase, Sequence
+from service.engine.sequence import BY_ITSELF, DrawnToken, Ended, Event, FinishReason, Phase, Sequence
 from service.engine.stopping import release
 
 log = logging.getLogger(__name__)
 
 STALLED_AFTER_S = 15.0
+TELLS_ALL = BY_ITSELF | {FinishReason.TIMEOUT}
 
 
 class Engine:
@@ -39,6 +40,7 @@ class Engine:
         self._clock = clock
         self._fed = dict.fromkeys(Phase, 0)
         self._generated = 0
+        self._news: list[Delivery] = []  # not told yet: no end is lost when what comes after it raises
 
     @property
     def num_slots(self) -> int:
@@ -77,14 +79,16 @@ class Engine:
         if plan is None:
             return StepReport(())
         drawn = self.runner.run(build_batch(plan, self.runner.layout), steps=1)
-        events = self._advance(plan, drawn)
-        return StepReport(events, plan.phase, self._clock() - started, len(plan.sequences))
+        self._advance(plan, drawn)
+        return StepReport(self._take_news(), plan.phase, self._clock() - started, len(plan.sequences))
 
     def expire(self) -> tuple[Delivery, ...]:
         """End those whose time is up, and those whose reader has not moved for too long."""
         now = self._clock()
-        ends = [(sequence, self._overdue(sequence, now)) for sequence in self._scheduler.sequences]
-        return tuple((sequence, self._end(sequence, reason)) for sequence, reason in ends if reason)
+        for sequence in self._scheduler.sequences:
+            if reason := self._overdue(sequence, now):
+                self._news.append((sequence, self._end(sequence, reason)))
+        return self._take_news()
 
     def _overdue(self, sequence: Sequence, now: float) -> FinishReason | None:
         if not sequence.is_paused:
@@ -99,8 +103,10 @@ class Engine:
 
     def end(self, sequences: Iterable[Sequence], reason: FinishReason) -> tuple[Delivery, ...]:
         """End sequences from outside. One that has ended already, or never was here, is left alone."""
-        held = (sequence for sequence in sequences if self._scheduler.holds(sequence))
-        return tuple((sequence, self._end(sequence, reason)) for sequence in held)
+        for sequence in sequences:
+            if self._scheduler.holds(sequence):
+                self._news.append((sequence, self._end(sequence, reason)))
+        return self._take_news()
 
     def end_waiting(self, reason: FinishReason) -> tuple[Delivery, ...]:
         return self.end(self._scheduler.waiting, reason)
@@ -135,7 +141,11 @@ class Engine:
             generated_tokens=self._generated,
         )
 
-    def _advance(self, plan: Plan, drawn: Drawn | None) -> tuple[Delivery, ...]:
+    def _take_news(self) -> tuple[Delivery, ...]:
+        news, self._news = tuple(self._news), []
+        return news
+
+    def _advance(self, plan: Plan, drawn: Drawn | None) -> None:
         """Enter what a step fed and drew into its sequences."""
         fed = plan.num_tokens if isinstance(plan, PrefillPlan) else len(plan.sequences)
         self._fed[plan.phase] += fed
@@ -145,19 +155,18 @@ class Engine:
         else:
             for sequence in plan.sequences:
                 sequence.num_fed += 1
-        return self._deliver(plan.sequences, drawn) if drawn else ()
+        if drawn:
+            self._deliver(plan.sequences, drawn)
 
-    def _deliver(self, sequences: tuple[Sequence, ...], drawn: Drawn) -> tuple[Delivery, ...]:
+    def _deliver(self, sequences: tuple[Sequence, ...], drawn: Drawn) -> None:
         rows = Rows.of(drawn, sequences)
-        deliveries: list[Delivery] = []
         for row, sequence in enumerate(sequences):
             if rows.is_finite[row]:
                 events = self._draw(sequence, rows.token(row, sequence))
             else:
                 events = self._end(sequence, FinishReason.NON_FINITE)
             if events:  # none while a stop string may be beginning
-                deliveries.append((sequence, events))
-        return tuple(deliveries)
+                self._news.append((sequence, events))
 
     def _draw(self, sequence: Sequence, token: DrawnToken) -> tuple[Event, ...]:
         if sequence.first_token_at is None:
@@ -189,7 +198,8 @@ class Engine:
             ttft_s=None if sequence.first_token_at is None else sequence.first_token_at - sequence.created_at,
             total_s=now - sequence.created_at,
         )
-        return (*sequence.held, ended)
+        # Cut off, it may go on elsewhere: what may begin a stop string is then told there, or is not.
+        return (*sequence.held, ended) if reason in TELLS_ALL else (ended,)
 
     def _settle(self, sequence: Sequence) -> list[list[int]]:
         """Take a sequence's counts (L, E), and leave nothing in its slot that could harm the next."""

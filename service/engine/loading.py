@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import os
+import platform
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +79,7 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
         torch_version=str(torch.__version__),
         cache_mib=(slots + 1) * KVCache.bytes_per_slot(loaded.config) / MIB,
         row_multiple=row_multiple,
-        fingerprint=_fingerprint(loaded, options, runner, slots),
+        fingerprint=_fingerprint(loaded, options, runner, slots, row_multiple),
     )
     log.info("the model is on %s, %d threads, %d slots of %.0f MiB in all", device, info.threads, slots, info.cache_mib)
     if options.fault:
@@ -84,7 +87,9 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
     return engine, info
 
 
-def _fingerprint(loaded: Checkpoint, options: EngineOptions, runner: Runner, slots: int) -> str:
+def _fingerprint(
+    loaded: Checkpoint, options: EngineOptions, runner: Runner, slots: int, row_multiple: int | None
+) -> str:
     """12 hex digits of all that decides a bit of a text: two processes with the same ones write the same."""
     import torch
 
@@ -92,15 +97,33 @@ def _fingerprint(loaded: Checkpoint, options: EngineOptions, runner: Runner, slo
     facts = (
         loaded.manifest.fingerprint,
         runner.name,
-        runner.layout.row_multiple,
+        row_multiple,
         device.type,
         torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        cpu_model(),
+        os.environ.get("MKL_CBWR"),
         torch.__version__,
         torch.get_num_threads(),
         options.prefill_chunk,
         slots if device.type == "cuda" else None,
+        [sha256(file.read_bytes()).hexdigest() for file in _sources()],
+        secrets.token_hex(8) if row_multiple is None else None,  # then nobody can go on with anybody's text
     )
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+    return sha256(repr(facts).encode()).hexdigest()[:12]
+
+
+def cpu_model() -> str:
+    """What the processor calls itself."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def _sources() -> list[Path]:
+    """The code that decides what a text is."""
+    engine = Path(__file__).parent
+    return sorted([*engine.glob("*.py"), *(engine.parents[1] / "model").glob("*.py")])
 
 
 def _device(name: str) -> str:

@@ -58,7 +58,7 @@ class TorchRunner:
         self._device = model.device
         # One slot more than are given out, for the rows of padding.
         self.layout = Layout(model.device, num_slots, model.config.num_layers, model.config.num_experts)
-        self.rebuild()
+        self.cache = KVCache(model.config, num_slots + 1, model.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch, steps: int) -> Drawn | None:
@@ -69,7 +69,7 @@ class TorchRunner:
         self.cache.clear(slot)
 
     def rebuild(self) -> None:
-        self.cache = KVCache(self._model.config, self.layout.spare_slot + 1, self._device)
+        self.cache.clear(slice(None))  # in place: there may be no room for a second one
 
     def pad_rows_to(self, multiple: int) -> None:
         self._model.pad_rows_to(min(multiple, MOST_GROUP_ROWS))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from model.checkpoint import CheckpointError
 from service.engine.reports import Figures, StepReport
-from service.engine.sequence import BY_ITSELF, Ended, FinishReason, Sequence
+from service.engine.sequence import FinishReason, Phase, Sequence
 
 if TYPE_CHECKING:
     from service.engine.engine import Engine
@@ -105,7 +105,9 @@ class EngineThread:
         self._has_ended = False
         self._has_drained = False
         self._busy_since: float | None = None
-        self._service_times: deque[float] = deque(maxlen=32)
+        self._slot_seconds = 0.0  # over all slots, the time that each has been taken
+        self._looked_at = time.monotonic()
+        self._ends: deque[float] = deque(maxlen=32)  # slot_seconds at each of the last ends
         self.failure: str | None = None
         self.info: EngineInfo | None = None
         self.last_figures: Figures | None = None
@@ -136,7 +138,8 @@ class EngineThread:
                 raise NotServing(self._phase)
             waiting = len(self._arrived) + self._engine.num_waiting - self._engine.num_free_slots
             wait_s = self._expected_wait_s(waiting, self._engine.num_slots)
-            if waiting >= self._max_queued or wait_s > SAFE_SHARE_OF_QUEUE_TIME * self._queue_timeout_s:
+            is_too_slow = waiting > 0 and wait_s > SAFE_SHARE_OF_QUEUE_TIME * self._queue_timeout_s
+            if waiting >= self._max_queued or is_too_slow:
                 raise QueueFull(min(60, max(1, math.ceil(wait_s))))
             self._arrived.append(sequence)
             self._mail.notify()
@@ -217,10 +220,13 @@ class EngineThread:
                     raise
             else:
                 # Not any good step: where only decoding is broken, prompts are still read.
-                raised = 0 if _came_to_an_end(report) else raised
+                raised = 0 if report.phase is Phase.DECODE else raised
 
     def _read_mail(self, engine: Engine) -> bool:
         """Sleep until there is something to do and take in what has arrived. True when drained: all have ended."""
+        now = time.monotonic()
+        self._slot_seconds += engine.num_running * (now - self._looked_at)
+        self._looked_at = now
         with self._mail:
             self._busy_since = None
             while not (self._arrived or self._cancelled or self._asked or engine.has_work or self._draining_since):
@@ -257,25 +263,24 @@ class EngineThread:
     def _deliver(self, report: StepReport) -> None:
         if not report.events and not report.phase:
             return
-        self._service_times.extend(
-            last.total_s - last.queue_s
-            for sequence, (*_, last) in report.events
-            if isinstance(last, Ended) and sequence.admitted_at is not None
-        )
+        ended = sum(sequence.is_finished and sequence.admitted_at is not None for sequence, _ in report.events)
+        self._ends.extend([self._slot_seconds] * ended)
         try:
             self._publish(report)
         except Exception:  # the step itself was good, and its other sequences go on
             log.exception("a step could not be published")
 
     def _expected_wait_s(self, waiting: int, num_slots: int) -> float:
-        """How long one more would wait behind so many, from how long sequences have kept their slots lately.
+        """How long one more would wait behind so many, from how long slots have been taken for each sequence lately.
 
-        Little's law: slots over mean time in a slot is the rate at which the queue moves, idle times or not.
+        Little's law: slots over mean time in a slot is the rate at which the queue moves, idle times or not. Slots that
+        are taken for long by few count with their time, as they are taken and not only when they are given back.
         """
-        times = list(self._service_times)
-        if waiting < 0 or not times:
+        if waiting < 0:
             return 0.0
-        return (waiting + 1) * sum(times) / len(times) / num_slots
+        ends = list(self._ends)
+        seconds_each = (self._slot_seconds - (ends[0] if ends else 0.0)) / max(1, len(ends))
+        return (waiting + 1) * seconds_each / num_slots
 
     def _fail(self, error: Exception) -> None:
         is_refusal = isinstance(error, CannotServe | CheckpointError)  # a sentence for the user; whoever waits reads it
@@ -297,7 +302,3 @@ class EngineThread:
             if self._draining_since is None or phase in (EnginePhase.DRAINING, EnginePhase.FAILED):
                 self._phase = phase
                 self._phase_since = time.monotonic()
-
-
-def _came_to_an_end(report: StepReport) -> bool:
-    return any(isinstance(last, Ended) and last.reason in BY_ITSELF for _, (*_, last) in report.events)

@@ -3,6 +3,7 @@
 import { Card } from "./card.js";
 import { byId, make } from "./dom.js";
 import { Heatmap } from "./heatmap.js";
+import { heldKey, holdKey } from "./key.js";
 import { asCurl, fetchInfo, Trouble } from "./service.js";
 import { Settings } from "./settings.js";
 import { survivingStream } from "./stream.js";
@@ -15,11 +16,12 @@ const card = new Card(byId("card"), byId("told"), text);
 const speaker = new Speaker(byId("spoken"));
 let current = null; // the request being read, if any
 let lastSeed = "";
+let hearKey = null; // goes on once the reader has given a key
 
 // One request
 
 async function generate(seed) {
-  if (!byId("form").reportValidity()) return;
+  if (byId("generate").disabled || !byId("form").reportValidity()) return;
   stop();
   const request = { controller: new AbortController(), body: settings.body(seed), askedAt: performance.now() };
   begin(request);
@@ -29,7 +31,9 @@ async function generate(seed) {
       if (current !== request) return;
     }
   } catch (error) {
-    if (current === request) end(inWords(error), true);
+    if (current !== request) return;
+    end(inWords(error), true);
+    if (error.status === 401) askForKey(inWords(error)).then(readyInfo).then(() => lock(false, "Ready."));
   }
 }
 
@@ -116,7 +120,8 @@ function stop() {
 }
 
 function inWords(error) {
-  const reason = error instanceof Trouble ? error.message : "The service cannot be reached. Is it running?";
+  const known = error.status === 401 ? refusal() : error instanceof Trouble && error.message;
+  const reason = known || "The service cannot be reached. Is it running?";
   return text.tokens.length ? `${lossInWords()}. ${reason} What arrived is kept.` : reason;
 }
 
@@ -175,8 +180,7 @@ function setUp(info) {
   restore();
   if (info.model.num_experts > 8) byId("numbers").click(); // tints repeat then
   document.body.classList.toggle("many", info.model.num_experts > 10); // numbers of two digits and more
-  byId("generate").disabled = false;
-  say("Ready.");
+  lock(false, "Ready.");
 }
 
 function restore() {
@@ -200,18 +204,44 @@ const PHASES = {
   failed: "The model could not be loaded; the service’s log says why.",
 };
 
+const refusal = () => (heldKey() ? "The server refuses this key." : "This server needs a key.");
+
+/** Over when the reader has given a key; whether it is the right one, the next request tells. */
+async function askForKey(words) {
+  lock(true, words);
+  await new Promise((resolve) => (hearKey = resolve));
+  holdKey(byId("key").value);
+  byId("ask").reset();
+  say("Trying the key …");
+}
+
+/** The key's field takes the place of the buttons, and the focus if they had it; or the other way round. */
+function lock(isLocked, words) {
+  byId("generate").disabled = isLocked;
+  byId("lock").hidden = byId("actions").hidden = false;
+  const [gone, focused] = isLocked ? ["actions", "key"] : ["lock", "generate"];
+  if (byId(gone).contains(document.activeElement)) byId(focused).focus();
+  byId(gone).hidden = true;
+  say(words, isLocked && heldKey() !== "");
+}
+
 async function readyInfo() {
   for (;;) {
-    const info = await fetchInfo().catch(() => ({ phase: "silent" }));
+    const info = await fetchInfo().catch(({ status }) => ({ phase: status === 401 ? "locked" : "silent" }));
     if (info.phase === "ready") return info;
+    if (info.phase === "locked") {
+      await askForKey(refusal());
+      continue;
+    }
     say(PHASES[info.phase] ?? "The service does not answer yet; trying again …", info.phase === "failed");
     await new Promise((resolve) => setTimeout(resolve, 1000));
   }
 }
 
 byId("settings").open = matchMedia("(min-width: 56rem)").matches;
-byId("form").addEventListener("invalid", () => (byId("settings").open = true), true);
+byId("settings").addEventListener("invalid", () => (byId("settings").open = true), true);
 byId("form").addEventListener("submit", (event) => [event.preventDefault(), generate(chosenSeed())]);
+byId("ask").addEventListener("submit", (event) => [event.preventDefault(), hearKey?.()]);
 byId("stop").addEventListener("click", stop);
 byId("again").addEventListener("click", () => generate(lastSeed));
 byId("curl").addEventListener("click", copyCurl);
@@ -229,5 +259,5 @@ for (const button of document.querySelectorAll(".starts button")) {
 document.addEventListener("keydown", ({ key }) => {
   if (key === "Escape") current ? stop() : card.close();
 });
-addEventListener("hashchange", restore);
 setUp(await readyInfo());
+addEventListener("hashchange", restore);

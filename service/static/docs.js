@@ -1,5 +1,7 @@
 // The API reference: asks for the key if the server wants one, then hands the schema to Swagger UI.
 
+import { heldKey, holdKey } from "./key.js";
+
 /* global SwaggerUIBundle */
 
 const ask = document.getElementById("ask");
@@ -11,6 +13,7 @@ async function show(bearer) {
   try {
     const answer = await fetch("openapi.json", { headers: bearer ? { Authorization: `Bearer ${bearer}` } : {} });
     ask.hidden = answer.status !== 401;
+    if (answer.ok) holdKey(bearer);
     if (answer.ok) draw(await answer.json(), bearer);
     else if (ask.hidden || bearer) status.textContent = (await answer.json()).error.message;
   } catch {
@@ -33,4 +36,4 @@ ask.addEventListener("submit", (event) => {
   event.preventDefault();
   show(key.value);
 });
-show("");
+show(heldKey());

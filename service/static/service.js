@@ -1,5 +1,7 @@
 /** Talks to the service and says in words what went wrong. Knows addresses and statuses, not the page. */
 
+import { authorization, heldKey } from "./key.js";
+
 /** Something the reader should be told, in a sentence. */
 export class Trouble extends Error {
   constructor(message, response = {}) {
@@ -9,20 +11,23 @@ export class Trouble extends Error {
 }
 
 export async function fetchInfo() {
-  const response = await answered(fetch("info", { cache: "no-store" }));
+  const response = await answered(fetch("info", { cache: "no-store", headers: authorization() }));
   return response.json();
 }
 
 /** Asks for a stream, or for the rest of one after the event lastId, and returns its body. */
 export async function openStream(body, signal, lastId = null) {
-  const headers = { "Content-Type": "application/json", ...(lastId && { "Last-Event-ID": lastId }) };
+  const place = lastId && { "Last-Event-ID": lastId };
+  const headers = { "Content-Type": "application/json", ...authorization(), ...place };
   const response = await answered(fetch("generate", { method: "POST", headers, body: JSON.stringify(body), signal }));
   return response.body;
 }
 
+/** The key stays out of it: the shell that runs it puts in its own. */
 export function asCurl(body) {
   const json = JSON.stringify(body).replaceAll("'", "'\\''");
-  return `curl -N ${new URL("generate", document.baseURI)} -H 'Content-Type: application/json' -d '${json}'`;
+  const key = heldKey() && ` -H "Authorization: Bearer $MOESCOPE_API_KEY"`;
+  return `curl -N ${new URL("generate", document.baseURI)}${key} -H 'Content-Type: application/json' -d '${json}'`;
 }
 
 async function answered(request) {

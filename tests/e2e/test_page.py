@@ -1,14 +1,17 @@
 """The page as its reader has it: a real browser in front of a real server."""
 
+import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.e2e.conftest import OpenPage
+from tests.e2e.conftest import OpenPage, Visit
 from tests.e2e.reading import (
     choose_layer,
     expect_state,
@@ -21,7 +24,44 @@ from tests.e2e.reading import (
     wait_until_done,
     written,
 )
-from tests.service.serving import PATIENCE_S, Event, Server, parse_events
+from tests.service.serving import PATIENCE_S, Event, Server, free_port, parse_events
+
+KEY = "the-4pple-is-red"
+
+
+@pytest.fixture
+def lock(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[[str], Server]]:
+    """Starts a server with a key; each comes to the same address, where the one before goes away."""
+    port, servers = free_port(), list[Server]()
+
+    def lock(key: str) -> Server:
+        for server in servers:
+            server.process.kill()
+            server.process.wait()
+        log = tmp_path / f"log-{len(servers)}"
+        servers.append(Server(log, "--checkpoint", checkpoint, "--threads", 1, "--api-key", key, port=port))
+        return servers[-1].wait_until_ready()
+
+    try:
+        yield lock
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def give_key(page: Page, key: str) -> None:
+    page.get_by_label("Key", exact=True).fill(key)
+    page.keyboard.press("Enter")
+
+
+def shown_of(page: Page) -> str:
+    """All that the page could tell of a key, but for what stands in its field."""
+    return page.url + page.content() + str(page.evaluate("document.body.innerText"))
+
+
+def complaints_but_for_401(visit: Visit) -> list[str]:
+    """Chromium itself reports each."""
+    return [complaint for complaint in visit.complaints if "status of 401" not in complaint]
 
 
 def events_of_generating(page: Page) -> list[Event]:
@@ -238,3 +278,87 @@ def test_a_server_that_comes_late_fills_up_and_goes_away_is_told_in_words(
     assert letters(page).count() >= 5
     generate(refused)
     expect_state(refused, "The service cannot be reached. Is it running?")
+
+
+def test_a_server_with_a_key_is_asked_with_it_from_when_the_reader_gives_it(
+    lock: Callable[[str], Server], open_page: OpenPage
+) -> None:
+    visit = open_page(lock(KEY), settings(), width=360)
+    page = visit.page
+    expect_state(page, "This server needs a key.")
+    height = page.locator("#form").evaluate("form => form.offsetHeight")
+    page.get_by_label("Begin with").press("Control+Enter")  # nothing to do yet
+    give_key(page, f"{KEY}é")  # cannot be sent; the browser says so
+    expect_state(page, "This server needs a key.")
+    expect(page.locator("#settings")).not_to_have_attribute("open", "")
+    give_key(page, "wrong")
+    expect_state(page, "The server refuses this key.")
+    expect(page.get_by_label("Key", exact=True)).to_be_focused()
+    give_key(page, KEY)
+    expect_state(page, "Ready.")
+    assert KEY not in shown_of(page)
+    assert page.locator("#form").evaluate("form => form.offsetHeight") == height
+    expect(page.get_by_role("button", name="Generate")).to_be_focused()
+    expect(page.get_by_label("Key", exact=True)).to_be_hidden()
+    page.keyboard.press("Enter")
+    wait_until_done(page)
+    assert letters(page).count() > 0
+    assert KEY not in shown_of(page)
+
+    page.reload()
+    expect_state(page, "Ready.")
+    page.goto(f"{page.url.partition('#')[0]}docs")  # which asks for the same key
+    expect(page.locator(".opblock-post").first).to_be_visible()
+    expect(page.locator("#ask")).to_be_hidden()
+    assert KEY not in page.url
+    assert complaints_but_for_401(visit) == []
+
+
+def test_the_curl_line_for_a_server_with_a_key_takes_it_from_the_environment(
+    lock: Callable[[str], Server], open_page: OpenPage
+) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("no curl on this machine")
+    page = open_page(lock(KEY), settings()).page
+    give_key(page, KEY)
+    generate(page)
+    wait_until_done(page)
+    page.get_by_role("button", name="Copy as curl").click()
+    expect_state(page, "Copied.")
+    command = page.evaluate("navigator.clipboard.readText()")
+    assert KEY not in command + shown_of(page)
+    answer = subprocess.run(
+        ["sh", "-c", command],
+        env=os.environ | {"MOESCOPE_API_KEY": KEY},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    assert parse_events(answer.stdout.split("\n"))[-1][1]["text"] == written(page)
+
+
+def test_a_text_goes_on_with_the_key_and_ends_in_words_when_the_key_is_another(
+    lock: Callable[[str], Server], open_page: OpenPage
+) -> None:
+    page = open_page(lock(KEY), settings(max_new_tokens=2000)).page
+    give_key(page, KEY)
+    generate(page)
+    wait_for_letters(page, 5)
+    lock(KEY)
+    wait_until_done(page)
+    assert letters(page).count() == 2000
+
+    generate(page)
+    wait_for_letters(page, 5)
+    lock("another")
+    expect_state(
+        page,
+        re.compile(r"^The connection was lost after \d+ tokens\. The server refuses this key\. What arrived is kept.$"),
+    )
+    assert letters(page).count() >= 5
+    expect(page.get_by_label("Key", exact=True)).to_be_focused()
+    give_key(page, "another")
+    expect_state(page, "Ready.")
+    generate(page)
+    wait_until_done(page)

@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,32 @@ def told_of(answer: Told) -> tuple[list[dict[str, Any]], Any]:
     return answer.tokens, (end["text"], end["finish_reason"], end["usage"], end["routing"])
 
 
+@dataclass(frozen=True)
+class Size:
+    """A crowd: of which model on how many threads, how long its texts are, and what makes it a real one."""
+
+    checkpoint: Path | None
+    threads: int
+    length: int
+    least_tokens: int
+    least_batch: float
+    least_ratio: float
+    num_copies: int
+
+
+@pytest.fixture(scope="module", params=["tiny model", "shipped model"])
+def size(request: pytest.FixtureRequest, at: At) -> Size:
+    if request.param.startswith("tiny"):
+        return at(Size(None, 1, 40, 2_000, 8, 2, 150), Size(None, 1, 1650, 100_000, 24, 4, 1000))
+    shipped, threads = ROOT / "checkpoints" / "shakespeare", usable_cpus()
+    return at(Size(shipped, 1, 4, 150, 1, 0, 10), Size(shipped, threads, 160, 10_000, 24, 4, 200))
+
+
 @pytest.fixture(scope="module")
-def crowded(at: At, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A tiny model on one thread; at full size the shipped one on all."""
-    folder, threads = at((checkpoint, 1), (ROOT / "checkpoints" / "shakespeare", usable_cpus()))
+def crowded(size: Size, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("crowded") / "log"
-    flags = ("--checkpoint", folder, "--threads", threads, "--slots", STREAMS, "--request-timeout-s", 3600)
+    folder = size.checkpoint or checkpoint
+    flags = ("--checkpoint", folder, "--threads", size.threads, "--slots", STREAMS, "--request-timeout-s", 3600)
     server = Server(log, *flags)
     try:
         yield server.wait_until_ready()
@@ -59,8 +80,8 @@ def crowded(at: At, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def orders(at: At) -> list[Order]:
-    return [order(seed, length=at(40, 1650)) for seed in range(STREAMS)]
+def orders(size: Size) -> list[Order]:
+    return [order(seed, size.length) for seed in range(STREAMS)]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +93,7 @@ def alone(crowded: Server, orders: list[Order]) -> tuple[list[Told], float]:
 
 
 def test_every_stream_of_a_crowd_is_bitwise_what_it_is_alone(
-    crowded: Server, orders: list[Order], alone: tuple[list[Told], float], at: At, evidence: Evidence
+    size: Size, crowded: Server, orders: list[Order], alone: tuple[list[Told], float], evidence: Evidence
 ) -> None:
     answers, rate_alone = alone
     before = crowded.metrics()
@@ -81,14 +102,14 @@ def test_every_stream_of_a_crowd_is_bitwise_what_it_is_alone(
     rate = sum(len(answer.tokens) for answer in together) / (time.monotonic() - began)
     after = crowded.metrics()
     num_tokens = sum(len(answer.tokens) for answer in answers)
-    assert num_tokens >= at(2_000, 100_000)
+    assert num_tokens >= size.least_tokens
     different = [
         seed for seed, pair in enumerate(zip(answers, together, strict=True)) if len({*map(repr_of, pair)}) > 1
     ]
     assert different == []
     steps, rows = (after.total(f"batch_size_{kind}") - before.total(f"batch_size_{kind}") for kind in ("count", "sum"))
-    assert rows / steps >= at(8, 24), "that was no crowd"
-    assert rate / rate_alone >= at(2, 4)
+    assert rows / steps >= size.least_batch, "that was no crowd"
+    assert rate / rate_alone >= size.least_ratio
     evidence("tokens compared", num_tokens)
     evidence("different", len(different))
     evidence("mean batch size", round(rows / steps, 1))
@@ -125,10 +146,12 @@ def repr_of(answer: Told) -> str:
     return repr(told_of(answer))
 
 
-def test_copies_of_one_request_under_random_load_are_one_text(crowded: Server, at: At, evidence: Evidence) -> None:
+def test_copies_of_one_request_under_random_load_are_one_text(
+    size: Size, crowded: Server, at: At, evidence: Evidence
+) -> None:
     choose = random.Random(2)
     copy = {"prompt": "JULIET:\n", "seed": 11, "temperature": 1, "max_new_tokens": at(24, 64)}
-    num_copies = at(150, 1000)
+    num_copies = size.num_copies
 
     async def copies() -> list[Told]:
         room = asyncio.Semaphore(STREAMS)

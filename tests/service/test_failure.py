@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,7 +77,7 @@ def test_an_engine_that_dies_or_hangs_ends_every_stream_and_then_the_process(
     fault: str,
     within_s: float,
 ) -> None:
-    steps = at([70], [5 + 4 * place for place in range(50)])
+    steps = at([70], [5 + 8 * place + 4 * (fault == "hang") for place in range(25)])
 
     def slowest_at(step: int) -> float:
         server = start(start_server, monkeypatch, f"{fault}:{step}", "--stuck-after-s", 3)
@@ -164,7 +163,7 @@ def test_a_pause_of_the_whole_process_is_no_failure(start_server: StartServer) -
     server = start_server("--stuck-after-s", 1).wait_until_ready()
 
     async def paused_in_the_middle() -> Told:
-        stream = asyncio.create_task(ask(server.port, body(1, max_new_tokens=300)))
+        stream = asyncio.create_task(ask(server.port, body(1, max_new_tokens=2000)))
         while server.metrics().total("generated_tokens_total") < 20:
             await asyncio.sleep(0.01)
         server.process.send_signal(19)  # SIGSTOP
@@ -174,7 +173,7 @@ def test_a_pause_of_the_whole_process_is_no_failure(start_server: StartServer) -
 
     told = asyncio.run(paused_in_the_middle())
     assert [name for name, _ in told.ends] == ["done"]
-    assert time.monotonic() - told.arrived[0] > 3
+    assert told.arrived[-1] - told.arrived[0] > 2  # it was stopped before its last token
     assert server.client.get("/livez").status_code == 200
 
 

@@ -97,6 +97,14 @@ def test_log_probabilities_come_with_alternatives_in_both_kinds_of_answer(server
         assert token["logprob"] <= best[0] < 0
 
 
+def test_an_expert_that_is_disabled_a_thousand_times_costs_what_it_costs_once(server: Server) -> None:
+    def seconds(times: int) -> float:
+        answers = [server.answer(max_new_tokens=30, seed=1, disabled_experts=[[0, 2]] * times) for _ in range(3)]
+        return min(float(answer["timings"]["total_s"]) for answer in answers)
+
+    assert seconds(5_000) < 3 * seconds(1)
+
+
 def test_a_disabled_expert_does_no_work(server: Server) -> None:
     counts = server.answer(max_new_tokens=30, seed=1, disabled_experts=[[0, 2], [1, 0]])["routing"]["counts"]
     assert (counts[0][2], counts[1][0]) == (0, 0)

@@ -31,6 +31,7 @@ ORIGIN = "https://pages.test"
 ASKING = {"Origin": ORIGIN}
 KNOWN = {"Authorization": f"Bearer {KEY}"}
 QUICK = Bounds(connections=8, head_s=0.5, body_s=0.5, stalled_s=1.5)
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HEAD = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
@@ -68,7 +69,8 @@ class Quick:
 
 @pytest.fixture(scope="module")
 def quick(checkpoint: Path) -> Iterator[Quick]:
-    app = create_app(read_settings(["--checkpoint", str(checkpoint), "--threads", "1", "--slots", "2"]))
+    flags = ["--checkpoint", str(checkpoint), "--threads", "1", "--slots", "2", "--max-new-tokens", str(FOR_EVER)]
+    app = create_app(read_settings(flags))
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listener:
         patch.setattr(body, "BODY_S", QUICK.body_s)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # little waits in the kernel, unseen
@@ -178,6 +180,10 @@ def test_metrics_can_be_left_open(start_server: StartServer) -> None:
                 "10.0.0.1",
                 "[2001:db8::1]",
                 "[",
+                "[::1",
+                "[::1]evil",
+                "[::1]:80evil",
+                "[::1].evil.test",
                 "::1x",
             ],
         ),
@@ -320,13 +326,87 @@ def test_a_body_that_nobody_waits_for_does_not_hold_the_connection(quick: Quick)
     assert b" 408 " not in answer
 
 
+def test_a_body_that_comes_after_the_answer_does_not_hold_it_either(quick: Quick) -> None:
+    with quick.connect() as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 404")
+        connection.sendall(b"12345")
+        received(connection)  # to its end
+
+
 def test_an_answer_that_takes_longer_than_a_request_may_is_not_cut(quick: Quick) -> None:
-    content = b'{"prompt": "", "max_new_tokens": 1500}'
-    head = HEAD + f"Content-Length: {len(content)}\r\n\r\n".encode()
+    request = generate(max_new_tokens=FOR_EVER, timeout_s=3 * QUICK.head_s)
     began = time.monotonic()
-    answer = quick.exchange(head + content + b"\r\nGET /late").text  # what old clients send after a body, and worse
+    answer = quick.exchange(request + b"\r\nGET /late").text  # what old clients send after a body, and worse
     assert time.monotonic() - began > 2 * QUICK.head_s
     assert answer.index("event: done") < answer.index("HTTP/1.1 408")
+
+
+def generate(headers: str = "", **fields: object) -> bytes:
+    content = json.dumps({"prompt": "", **fields}).encode()
+    return HEAD + f"{headers}Content-Length: {len(content)}\r\n\r\n".encode() + content
+
+
+# One request behind another
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_second_request_does_not_hide_that_the_client_leaves(quick: Quick, at_once: bool, stream: bool) -> None:
+    wait_until(quick.is_idle)
+    parts = [generate(max_new_tokens=FOR_EVER, stream=stream), LIVEZ]
+    with quick.connect() as connection:
+        for part in [b"".join(parts)] if at_once else parts:
+            connection.sendall(part)
+            wait_until(lambda: bool(quick.server.server_state.tasks))
+        wait_until(lambda: has_pipelined(quick))
+    wait_until(quick.is_idle)
+
+
+@pytest.mark.parametrize("behind", [LIVEZ * 17, HEAD + b"Content-Length: 1000000\r\n\r\n" + b"a" * 70_000])
+def test_more_than_may_wait_behind_an_answer_is_the_end(quick: Quick, behind: bytes) -> None:
+    wait_until(quick.is_idle)
+    with quick.connect() as connection:
+        connection.sendall(generate(max_new_tokens=FOR_EVER, stream=False) + behind)
+        assert received(connection).startswith(b"HTTP/1.1 400 ")
+        wait_until(quick.is_idle)
+
+
+def test_what_may_wait_behind_an_answer_is_answered(quick: Quick) -> None:
+    last = LIVEZ.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    answers = quick.exchange(generate(max_new_tokens=3) + LIVEZ * 15 + last).text
+    assert answers.index("event: done") < answers.index("HTTP/1.1 200 ")
+    assert answers.count("HTTP/1.1 200 ") == 16
+
+
+def has_pipelined(quick: Quick) -> bool:
+    return any(connection.pipeline for connection in list(quick.server.server_state.connections))  # type: ignore[union-attr]
+
+
+# What clients offer, and this server leaves
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 10_000])
+def test_a_request_that_offers_http_2_is_answered_as_it_stands(quick: Quick, at_once: int) -> None:
+    offer = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+    chunked = HEAD + offer.encode() + b"Transfer-Encoding: chunked\r\n\r\n5\r\n[1, 2\r\n1\r\n]\r\n0\r\n\r\n"
+    last = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    sent = generate(offer, max_new_tokens=3) + chunked + LIVEZ[:-2] + offer.encode() + b"\r\n" + last
+    with quick.connect() as connection:
+        for start in range(0, len(sent), at_once):
+            connection.sendall(sent[start : start + at_once])
+        content = connection.makefile("rb").read()
+    assert [int(answer[:3]) for answer in content.split(b"HTTP/1.1 ")[1:]] == [200, 422, 200, 200]
+    assert content.count(b"event: token") == 3
+    assert b"not_an_object" in content
+
+
+@pytest.mark.parametrize("asked", ["bytes=5-1", "chickens=1", "bytes=99999999-", "bytes=0-9", "bytes=0-1,4-5"])
+def test_a_file_comes_whole_whatever_part_is_asked_for(server: Server, asked: str) -> None:
+    whole = server.client.get("/app.js")
+    for headers in ({"Range": asked}, {"Range": asked, "If-Range": whole.headers["etag"]}):
+        answer = server.client.get("/app.js", headers=headers)
+        assert (answer.status_code, answer.content) == (200, whole.content)
 
 
 ENDLESS = b"a" * 300_000

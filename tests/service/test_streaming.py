@@ -1,14 +1,16 @@
 """What the wire says for each way a sequence can go, also for those that a healthy server cannot be made to take."""
 
+import asyncio
 import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from service.engine.sequence import DrawnToken, Ended, Event, FinishReason
+from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, SamplingParams, Sequence
 from service.errors import ApiError
-from service.streaming import Generation, Transcript, raise_if_refused, sse
+from service.exchange import TokenStream
+from service.streaming import Generation, Transcript, raise_if_refused, sse, stream_events
 
 ENDED = Ended(
     FinishReason.LENGTH,
@@ -47,6 +49,26 @@ def test_the_end_has_the_text_the_usage_and_the_rates(transcript: Transcript) ->
     assert done["usage"] == {"prompt_tokens": 3, "generated_tokens": 2, "total_tokens": 5}
     assert done["timings"] == {"queue_s": 0.5, "ttft_s": 0.75, "total_s": 1.25, "tokens_per_s": 2.0}
     assert done["routing"] == {"tokens": 4, "counts": [[3, 5], [8, 0]]}
+
+
+def test_a_resumed_stream_never_ends_with_less_than_the_client_has() -> None:
+    resumed = Transcript(Generation("an-id", "tiny", 7, {}, 3, None, ["\n", "a"], "0123456789ab", last_index=5))
+    assert resumed.event(DrawnToken(0, 1, "a")) == b""
+    name, data = parsed(resumed.event(replace(ENDED, reason=FinishReason.TIMEOUT, generated_tokens=1)))
+    assert (name, data["code"]) == ("error", "timeout")
+
+
+def test_a_token_counts_as_taken_when_it_has_left_and_not_when_it_was_fetched(transcript: Transcript) -> None:
+    async def read() -> list[int]:
+        sequence = Sequence((1,), SamplingParams())
+        stream = TokenStream(sequence, "an-id", streams=True)
+        taken = []
+        tokens: list[Event] = [DrawnToken(index, 1, "a" * 40_000) for index in range(4)]
+        async for _ in stream_events(transcript, stream, [*tokens, ENDED]):
+            taken.append(sequence.num_taken)  # a reader who comes back for more has had what came before
+        return [*taken, sequence.num_taken]
+
+    assert asyncio.run(read()) == [0, 2, 4, 4]
 
 
 def test_a_single_token_has_no_speed(transcript: Transcript) -> None:

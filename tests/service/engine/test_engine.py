@@ -319,6 +319,32 @@ def test_a_stop_string_ends_a_sequence_and_is_not_told(model: Transformer) -> No
     assert text_of(run(engine_for(model), to_the_end)[to_the_end]) == text, "what was held back is told at the end"
 
 
+@pytest.mark.parametrize(("reason", "is_told"), [(FinishReason.SHUTDOWN, False), (FinishReason.TIMEOUT, True)])
+def test_what_was_held_back_is_told_at_an_end_but_not_where_another_process_may_go_on(
+    model: Transformer, reason: FinishReason, is_told: bool
+) -> None:
+    one = Sequence(prompt(5, 8), SamplingParams(60, stop=("a" * 64,)), spell=lambda each: "a")
+    engine = engine_for(model)
+    run(engine, one, steps=8)
+    assert len(one.held) == 8
+    ((_, events),) = engine.end([one], reason)
+    assert [type(event) for event in events] == [DrawnToken] * 8 * is_told + [Ended]
+
+
+def test_no_end_is_lost_when_what_comes_after_it_raises(model: Transformer) -> None:
+    def broken(_: int) -> str:
+        raise ZeroDivisionError
+
+    short, bad = sequence(3, max_new_tokens=3), sequence(3, seed=1)
+    engine = engine_for(model)
+    run(engine, short, bad, steps=3)  # both have been read, and one more token ends the short one
+    bad.spell = broken
+    with pytest.raises(ZeroDivisionError):
+        run(engine)
+    ends = {one: ended(list(events)).reason for one, events in engine.end_running(FinishReason.INTERNAL)}
+    assert ends == {short: FinishReason.LENGTH, bad: FinishReason.INTERNAL}
+
+
 def test_a_sequence_that_nobody_reads_pauses_and_goes_on_where_it_was(model: Transformer) -> None:
     expected = sequence(9, seed=3, max_new_tokens=50)
     run(engine_for(model), expected)

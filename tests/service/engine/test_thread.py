@@ -43,6 +43,9 @@ class Listener:
                 self.tokens[sequence] += sum(not isinstance(event, Ended) for event in events)
             self._changed.notify_all()
 
+    def has_ended(self, sequence: Sequence) -> bool:
+        return bool(self.ends[sequence])
+
     def wait(self, condition: Callable[[], bool]) -> None:
         with self._changed:
             assert self._changed.wait_for(condition, PATIENCE_S)
@@ -160,14 +163,16 @@ class FaultyRunner(TorchRunner):
         return super().run(batch, steps)
 
 
-def faulty_thread(listener: Listener, is_broken: Callable[[Batch], bool], grace_s: float = 0.0) -> EngineThread:
+def faulty_thread(
+    listener: Listener, is_broken: Callable[[Batch], bool], grace_s: float = 0.0, queue_timeout_s: float = 30.0
+) -> EngineThread:
     def build(_: Callable[[EnginePhase], None]) -> tuple[Engine, EngineInfo]:
         model = tiny_model().requires_grad_(False)
         counters = ExpertCounters(model.config, 2, model.device)
         engine = Engine(FaultyRunner(model, counters, is_broken), Scheduler(2, 16), counters)
         return engine, EngineInfo("cpu", 1, "faulty", 2, "", 0.0, 4, "")
 
-    thread = EngineThread(build, listener.publish, max_queued=8, grace_s=grace_s)
+    thread = EngineThread(build, listener.publish, max_queued=8, grace_s=grace_s, queue_timeout_s=queue_timeout_s)
     thread.start()
     while thread.phase is EnginePhase.LOADING:
         thread.join(0.01)
@@ -185,6 +190,37 @@ def test_one_step_that_raises_ends_who_ran_and_the_next_is_served(listener: List
     assert [end.reason for end in listener.ends[first]] == [FinishReason.INTERNAL]
     assert [end.reason for end in listener.ends[second]] == [FinishReason.LENGTH]
     assert thread.phase is EnginePhase.READY
+    thread.drain()
+    thread.join(PATIENCE_S)
+
+
+def test_steps_that_raise_now_and_then_are_no_failure_of_the_engine(listener: Listener) -> None:
+    decoded = [0]
+
+    def is_broken(batch: Batch) -> bool:
+        decoded[0] += isinstance(batch, DecodeBatch)
+        return isinstance(batch, DecodeBatch) and decoded[0] % 20 == 0
+
+    thread = faulty_thread(listener, is_broken)
+    for _ in range(5):  # none of them comes to an end of its own
+        one = endless()
+        thread.submit(one)
+        listener.wait(partial(listener.has_ended, one))
+        assert [end.reason for end in listener.ends[one]] == [FinishReason.INTERNAL]
+    assert thread.phase is EnginePhase.READY
+    thread.drain()
+    thread.join(PATIENCE_S)
+
+
+def test_slots_that_are_held_for_long_count_in_the_wait_before_they_are_given_back(listener: Listener) -> None:
+    thread = faulty_thread(listener, lambda batch: False, queue_timeout_s=0.5)
+    running = [endless(), endless()]
+    for one in running:
+        thread.submit(one)
+    listener.wait(lambda: min(listener.tokens[one] for one in running) > 500)  # longer than half a second
+    thread.submit(endless())
+    with pytest.raises(QueueFull):
+        thread.submit(endless())
     thread.drain()
     thread.join(PATIENCE_S)
 
