@@ -292,7 +292,7 @@ def test_a_failure_that_would_come_again_ends_the_text(server: Server, open_page
 
 def test_a_refusal_that_would_come_again_ends_the_text_in_words(server: Server, open_page: OpenPage) -> None:
     page = hurry(open_page(server, settings()), times=20).page
-    interference = Interference(page, server, just_ends, refusal(401))
+    interference = Interference(page, server, just_ends, refusal(403))
     generate(page)
     expect_state(page, "The connection was lost after 50 tokens. The test refuses it. What arrived is kept.")
     assert letters(page).count() == 50
