@@ -64,7 +64,7 @@ def size(request: pytest.FixtureRequest, at: At) -> Size:
     if request.param.startswith("tiny"):
         return at(Size(None, 1, 40, 2_000, 8, 2, 150), Size(None, 1, 1650, 100_000, 24, 4, 1000))
     shipped, threads = ROOT / "checkpoints" / "shakespeare", usable_cpus()
-    return at(Size(shipped, 1, 4, 150, 1, 0, 10), Size(shipped, threads, 160, 10_000, 24, 4, 200))
+    return at(Size(shipped, 1, 4, 150, 1, 0, 10), Size(shipped, threads, 170, 10_000, 24, 4, 200))
 
 
 @pytest.fixture(scope="module")
