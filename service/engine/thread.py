@@ -224,16 +224,15 @@ class EngineThread:
 
     def _read_mail(self, engine: Engine) -> bool:
         """Sleep until there is something to do and take in what has arrived. True when drained: all have ended."""
-        now = time.monotonic()
-        self._slot_seconds += engine.num_running * (now - self._looked_at)
-        self._looked_at = now
         with self._mail:
             self._busy_since = None
             while not (self._arrived or self._cancelled or self._asked or engine.has_work or self._draining_since):
                 self._mail.wait()
             if engine.is_held_up and not (self._arrived or self._cancelled or self._asked):
                 self._mail.wait(HELD_UP_LOOK_S)
-            self._busy_since = time.monotonic()
+            self._busy_since = now = time.monotonic()
+            self._slot_seconds += engine.num_running * (now - self._looked_at)  # after the wait: nobody ran while idle
+            self._looked_at = now
             for sequence in self._arrived:
                 engine.add(sequence)
             cancelled, asked, draining_since = self._cancelled, self._asked, self._draining_since

@@ -113,6 +113,22 @@ def test_the_queue_is_bounded_and_a_refusal_says_when_to_come_back(thread: Engin
     assert (figures.running, figures.queued) == (0, 0)
 
 
+def test_the_time_before_anybody_came_is_no_reason_to_refuse(folder: Path, listener: Listener) -> None:
+    idle_s = 2.0
+    thread = EngineThread(
+        partial(build_engine, options(folder)), listener.publish, max_queued=8, grace_s=0.0, queue_timeout_s=idle_s
+    )
+    thread.start()
+    while thread.phase is not EnginePhase.READY:
+        thread.join(0.01)
+    thread.join(idle_s)
+    for sequence in [endless() for _ in range(5)]:  # two slots: three of them wait
+        thread.submit(sequence)
+        listener.wait(lambda: any(listener.tokens.values()))  # the idle time is over, and has been looked at
+    thread.drain()
+    thread.join(PATIENCE_S)
+
+
 def test_draining_ends_everybody_and_then_the_thread(thread: EngineThread, listener: Listener) -> None:
     taken = [endless() for _ in range(3)]
     for sequence in taken:
