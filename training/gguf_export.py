@@ -157,7 +157,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*vocabulary.tokens, END])
     writer.add_token_types([gguf.TokenType.NORMAL] * count + [gguf.TokenType.CONTROL])
-    writer.add_token_merges(vocabulary.[NO_MERGE])
+    writer.add_token_merges(vocabulary.merges or [NO_MERGE])
     writer.add_bos_token_id(count)
     writer.add_eos_token_id(count)
     writer.add_add_bos_token(False)
