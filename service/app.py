@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import tomllib
 from collections.abc import AsyncIterator, Callable
@@ -23,7 +24,8 @@ from service.engine.thread import EngineThread
 from service.errors import ApiError, answer_api_error, answer_http_exception
 from service.exchange import Exchange, watch
 from service.guard import METRICS_PATH, PROBES, CrossOrigin, Guard, Hosts, split_list
-from service.metrics import EngineCollector, Metrics
+from service.logs import log_event
+from service.metrics import MAX_EXPERT_SERIES, EngineCollector, Metrics, expert_detail, expert_series
 from service.middleware import RequestScope
 from service.openai import OpenAIRoutes
 from service.reference import whole_numbers
@@ -54,9 +56,12 @@ def create_app(settings: Settings) -> FastAPI:
         queue_timeout_s=settings.queue_timeout_s,
         grace_s=settings.grace_s,
     )
-    metrics.registry.register(
-        EngineCollector(engine, card.config, {"version": version, "checkpoint": card.fingerprint})
-    )
+    detail = expert_detail(settings.expert_metrics, card.config)
+    if settings.expert_metrics == "auto" and detail != "full":
+        series = expert_series(card.config)
+        log_event("expert_metrics_by_layer", logging.WARNING, series=series, at_most=MAX_EXPERT_SERIES)
+    build_labels = {"version": version, "checkpoint": card.fingerprint}
+    metrics.registry.register(EngineCollector(engine, card.config, detail, build_labels))
     admission = Admission(card, limits, engine, exchange, metrics, settings.queue_timeout_s)
     app = FastAPI(
         title="Moescope",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import Final, Literal
 
 import numpy as np
+import numpy.typing as npt
 from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
@@ -46,6 +47,25 @@ OUTCOME_OF_TYPE: Final = {
     "internal": "error",
 }
 OUTCOMES: Final = sorted({*OUTCOME_OF_REASON.values(), *OUTCOME_OF_TYPE.values()})
+
+
+ExpertDetail = Literal["full", "layer", "off"]
+"""Whether the metrics of experts are told for each of them, summed over those of a layer, or left out."""
+
+MAX_EXPERT_SERIES: Final = 2_000
+SERIES_PER_EXPERT: Final = 4
+
+
+def expert_series(config: ModelConfig) -> int:
+    """How many series every expert's own metrics would be."""
+    return config.num_layers * config.num_experts * SERIES_PER_EXPERT
+
+
+def expert_detail(wish: Literal["auto"] | ExpertDetail, config: ModelConfig) -> ExpertDetail:
+    """What ``--expert-metrics`` comes to for this model: a scrape has to stay small for Prometheus and quick for us."""
+    if wish != "auto":
+        return wish
+    return "full" if expert_series(config) <= MAX_EXPERT_SERIES else "layer"
 
 
 class Metrics:
@@ -116,9 +136,10 @@ class Metrics:
 class EngineCollector(Collector):
     """Turns the engine's last consistent copy of its figures into samples; all zero until the first copy is there."""
 
-    def __init__(self, engine: EngineThread, config: ModelConfig, build: dict[str, str]) -> None:
+    def __init__(self, engine: EngineThread, config: ModelConfig, detail: ExpertDetail, build: dict[str, str]) -> None:
         self._engine = engine
         self._config = config
+        self._detail = detail
         self._build = build
 
     def collect(self) -> Iterator[Metric]:
@@ -135,21 +156,15 @@ class EngineCollector(Collector):
         counts = figures.expert_counts if figures else np.zeros((len(Phase), layers, experts), np.int64)
         weights = figures.gate_weight if figures else np.zeros((layers, experts))
         routed = figures.routed_tokens if figures else np.zeros((len(Phase), layers), np.int64)
-        tokens = CounterMetricFamily(
-            "moescope_expert_tokens", "Tokens an expert worked on", labels=["layer", "expert", "phase"]
-        )
-        weight = CounterMetricFamily(
-            "moescope_expert_gate_weight", "Sum of the weights an expert's work had", labels=["layer", "expert"]
-        )
-        total = CounterMetricFamily("moescope_routed_tokens", "Tokens routed in a layer", labels=["layer", "phase"])
-        for layer in range(layers):
-            for expert in range(experts):
-                weight.add_metric([str(layer), str(expert)], float(weights[layer, expert]))
-                for index, phase in enumerate(Phase):
-                    tokens.add_metric([str(layer), str(expert), phase], int(counts[index, layer, expert]))
-            for index, phase in enumerate(Phase):
-                total.add_metric([str(layer), phase], int(routed[index, layer]))
-        yield from (tokens, weight, total)
+        phases = [phase.value for phase in Phase]
+        if self._detail == "full":
+            yield _expert_tokens(["phase", "layer", "expert"], counts, phases)
+            yield _gate_weight(["layer", "expert"], weights)
+        elif self._detail == "layer":
+            yield _expert_tokens(["phase", "layer"], counts.sum(axis=-1), phases)
+            yield _gate_weight(["layer"], weights.sum(axis=-1))
+        total = CounterMetricFamily("moescope_routed_tokens", "Tokens routed in a layer", labels=["phase", "layer"])
+        yield _filled(total, routed, phases)
 
     def _sequences(self, figures: Figures | None) -> Iterator[Metric]:
         prompt, generated = (figures.prompt_tokens, figures.generated_tokens) if figures else (0, 0)
@@ -174,3 +189,25 @@ class EngineCollector(Collector):
         build = GaugeMetricFamily("moescope_build_info", "What is running; always 1", labels=list(labels))
         build.add_metric(list(labels.values()), 1)
         yield build
+
+
+def _expert_tokens(labels: list[str], counts: npt.NDArray[np.int64], phases: list[str]) -> Metric:
+    return _filled(
+        CounterMetricFamily("moescope_expert_tokens", "Tokens experts worked on", labels=labels), counts, phases
+    )
+
+
+def _gate_weight(labels: list[str], weights: npt.NDArray[np.float64]) -> Metric:
+    help_text = "Sum of the weights that experts' work had"
+    return _filled(CounterMetricFamily("moescope_expert_gate_weight", help_text, labels=labels), weights)
+
+
+def _filled(
+    family: CounterMetricFamily, values: npt.NDArray[np.generic], names: Sequence[str] | None = None
+) -> CounterMetricFamily:
+    """The family with one sample for every value; its labels are the array's axes, the first one's labels are names."""
+    for index in np.ndindex(values.shape):
+        first, *others = index
+        labels = [names[first] if names else str(first), *map(str, others)]
+        family.add_metric(labels, values[index].item())
+    return family

@@ -14,7 +14,7 @@ from service.card import ModelCard
 from service.engine.thread import EnginePhase, EngineThread
 from service.errors import ApiError
 from service.exchange import refresh_figures
-from service.metrics import Metrics
+from service.metrics import Metrics, expert_detail
 from service.reference import EVENTS, GENERATING, LAST_EVENT_ID, TEXT, answers, describe_body
 from service.schemas import (
     MAX_PROMPT_CHARACTERS,
@@ -158,6 +158,7 @@ class Routes:
             and BatchInvariance(holds=engine.row_multiple is not None, row_multiple=engine.row_multiple),
             fingerprint=engine and engine.fingerprint,
             checkpoint=self._card.fingerprint,
+            expert_metrics=expert_detail(self._settings.expert_metrics, self._card.config),
             versions=Versions(
                 moescope=self._version, torch=engine and engine.torch_version, python=platform.python_version()
             ),

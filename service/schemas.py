@@ -401,6 +401,7 @@ class Info(BaseModel):
     batch_invariance: BatchInvariance | None
     fingerprint: str | None
     checkpoint: str
+    expert_metrics: Literal["full", "layer", "off"]
     versions: Versions
 
 

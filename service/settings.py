@@ -85,6 +85,11 @@ class Settings(BaseSettings):
         description="origins, comma-separated, whose pages may call this server from a browser, or * for all; "
         "for instance https://example.org",
     )
+    expert_metrics: Literal["auto", "full", "layer", "off"] = Field(
+        "auto",
+        description="series of /metrics about experts: full has every expert's own, layer the sums over a layer's "
+        "experts, off none; auto is full up to 2,000 such series, else layer",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
     @field_validator("api_key")

@@ -8,15 +8,17 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
 
 from service.errors import KINDS
+from service.metrics import MAX_EXPERT_SERIES, ExpertDetail
 from service.openai import CompletionBody
 from service.reference import EVENTS
 from service.schemas import GenerateBody
+from service.settings import Settings
 from tests.examples import PATIENCE_S, ROOT, Example, examples_of
 from tests.service.serving import Server, parse_events
 
@@ -142,6 +144,12 @@ def float_or_text(default: str) -> float | str:
 def test_the_errors_are_those_of_the_code() -> None:
     told = {code: (int(cells[1]), cells[2].strip("`"), cells[3]) for code, cells in table("code").items()}
     assert told == {code: (kind.status, kind.type, wait_of(code)) for code, kind in KINDS.items()}
+
+
+def test_the_details_of_expert_metrics_are_those_of_the_code() -> None:
+    assert tuple(table("detail")) == get_args(ExpertDetail)
+    assert {*table("detail"), "auto"} == {*get_args(Settings.model_fields["expert_metrics"].annotation)}
+    assert f"`full` up to {MAX_EXPERT_SERIES:,} series" in PAGE
 
 
 def wait_of(code: str) -> str:

@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(command=_export)
     export.add_argument("source", type=Path)
     export.add_argument("target", type=Path)
+    export.add_argument("--gguf", type=Path, metavar="FILE", help="write the model for llama.cpp as well")
+    export.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="of the matrices in the GGUF file")
     return parser
 
 
@@ -161,6 +163,13 @@ def _require_sampling(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from training import runs
 
+    if arguments.gguf:  # first, so that a refusal leaves nothing behind
+        from model import checkpoint
+        from training import gguf_export
+
+        if arguments.target.exists():
+            raise FileExistsError(f"{arguments.target} exists; a checkpoint is always a new folder")
+        gguf_export.export(checkpoint.load(arguments.source), arguments.gguf, arguments.dtype)
     runs.export(arguments.source, arguments.target)
     print(f"serve it:  make serve CHECKPOINT={arguments.target}")
 
@@ -196,6 +205,10 @@ def _expected_errors() -> list[type[Exception]]:
         from training.trainer import Diverged
 
         ours += [TooShort, Diverged]
+    if "training.gguf_export" in sys.modules:
+        from training.gguf_export import NoCounterpart
+
+        ours += [NoCounterpart]
     return [*ours, OSError]
 
 

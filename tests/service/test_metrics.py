@@ -1,12 +1,18 @@
 """What /metrics says is what the requests say: the sum rule, the growth, and a series for everything from the start."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.metrics import OUTCOMES
+from model.config import ModelConfig
+from service.metrics import MAX_EXPERT_SERIES, OUTCOMES, expert_detail
+from tests.checkpoints import tiny_checkpoint
+from tests.evidence import Evidence
+from tests.service.conftest import StartServer
 from tests.service.serving import FOR_EVER, Samples, Server
 
 
@@ -79,6 +85,76 @@ def test_requests_and_their_times_are_counted_once_each(server: Server) -> None:
     assert growth(before, after, "inter_token_seconds_count") == 2 * 4
     assert growth(before, after, "step_seconds_count", phase="prefill") == 2
     assert growth(before, after, "step_seconds_count", phase="decode") == growth(before, after, "batch_size_count") == 8
+
+
+def series_of(exposition: str) -> int:
+    return sum(not line.startswith("#") for line in exposition.splitlines())
+
+
+def quickest_scrape(server: Server) -> float:
+    """Seconds, of the quickest of five: the others tell of the machine."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        server.client.get("/metrics").raise_for_status()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+@pytest.mark.parametrize("num_experts", [1024, 4096])
+def test_thousands_of_experts_make_few_series_and_the_sums_stay_true(
+    start_server: StartServer, tmp_path: Path, evidence: Evidence, num_experts: int
+) -> None:
+    sizes = {"num_layers": 6, "num_experts": num_experts, "expert_size": 16}
+    checkpoint = tiny_checkpoint(tmp_path / "many", **sizes)
+    server = start_server("--checkpoint", checkpoint, "--slots", 4).wait_until_ready()
+    told = dict(server.events("ROMEO:", max_new_tokens=20))["done"]["routing"]
+    exposition = server.client.get("/metrics").text
+    assert [len(told["counts"]), len(told["counts"][0])] == [6, num_experts]
+    assert [sum(counts) for counts in told["counts"]] == [2 * told["tokens"]] * 6
+    assert series_of(exposition) < MAX_EXPERT_SERIES
+    samples = Samples.parse(exposition)
+    assert_the_sum_rule(samples, experts_per_token=2)
+    assert samples.total("routed_tokens_total") == 6 * told["tokens"]
+    assert "expert=" not in exposition
+    assert server.client.get("/info").json()["expert_metrics"] == "layer"
+    lines = [json.loads(line) for line in server.log.splitlines()]
+    (said,) = [line for line in lines if line["event"] == "expert_metrics_by_layer"]
+    assert said["series"] == 6 * num_experts * 4
+    evidence(f"series of /metrics with 6 x {num_experts:,} experts", series_of(exposition))
+    evidence("milliseconds to answer", 1000 * quickest_scrape(server))
+
+
+@pytest.mark.parametrize(
+    ("detail", "names"),
+    [
+        (
+            "full",
+            {"expert_tokens_total": {"layer", "expert", "phase"}, "expert_gate_weight_total": {"layer", "expert"}},
+        ),
+        ("layer", {"expert_tokens_total": {"layer", "phase"}, "expert_gate_weight_total": {"layer"}}),
+        ("off", {}),
+    ],
+)
+def test_how_much_is_told_of_experts_is_a_choice(
+    start_server: StartServer, detail: str, names: dict[str, set[str]]
+) -> None:
+    server = start_server("--expert-metrics", detail).wait_until_ready()
+    labels: dict[str, set[str]] = {}
+    for name, pairs in server.metrics().values:
+        labels.setdefault(name.removeprefix("moescope_"), set()).update(label for label, _ in pairs)
+    assert {name: each for name, each in labels.items() if name.startswith("expert")} == names
+    assert labels["routed_tokens_total"] == {"layer", "phase"}
+    assert server.client.get("/info").json()["expert_metrics"] == detail
+    assert "expert_metrics_by_layer" not in server.log, "what was asked for needs no explanation"
+
+
+@pytest.mark.parametrize(("num_experts", "detail"), [(100, "full"), (101, "layer")])
+def test_the_label_goes_above_2_000_series(num_experts: int, detail: str) -> None:
+    config = ModelConfig(vocab_size=65, num_layers=5, num_experts=num_experts)
+    assert expert_detail("auto", config) == detail
+    assert expert_detail("off", config) == "off"
+    assert expert_detail("full", config) == "full"
 
 
 def test_every_series_is_there_from_the_start(server: Server) -> None:

@@ -35,6 +35,7 @@ def test_a_flag_wins_over_the_environment_and_an_empty_variable_is_none(monkeypa
         (["--port", "http"], "--port (MOESCOPE_PORT) is 'http'"),
         (["--grace-s", "nan"], "--grace-s (MOESCOPE_GRACE_S) is 'nan'"),
         (["--device", "tpu"], "'auto', 'cpu' or 'cuda'"),
+        (["--expert-metrics", "some"], "'auto', 'full', 'layer' or 'off'"),
         (["--slots", "0"], "greater than or equal to 1"),
         (["--prefill-chunk", "100"], "multiple of 16"),
         (["--slot", "4"], "unrecognized arguments: --slot 4"),
