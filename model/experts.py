@@ -1,4 +1,4 @@
-"""The experts of one layer: SwiGLU networks with stacked weights, dropless.
+"""The experts of one layer: small networks with stacked weights, dropless.
 
 ``forward`` sorts the tokens by expert and multiplies group by group; ``reference`` is the same function as a loop that
 can be read at a glance. Both add a token's experts in the order in which the router named them, never by atomics.
@@ -8,10 +8,13 @@ Letters: N tokens, C channels, E experts, K experts per token, F expert size, M 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.chance import LayerChance
 from model.router import Router, Routing
 
 # On the CPU a row of a matrix product has the same bits for every row count that is a multiple of 4, so each expert's
@@ -19,32 +22,42 @@ from model.router import Router, Routing
 ROW_MULTIPLE = 4
 
 
-class Experts(nn.Module):
-    """E SwiGLU experts (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+def _swiglu(gate_and_up: Tensor) -> Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
-    def __init__(self, channels: int, num_experts: int, expert_size: int) -> None:
+
+# What becomes of an expert's inner products, and how many matrices make them.
+ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "swiglu": (2, _swiglu),
+    "relu": (1, F.relu),
+    "gelu": (1, F.gelu),
+}
+
+
+class Experts(nn.Module):
+    """E experts: down(silu(gate(x)) * up(x)), which is SwiGLU (Shazeer 2020), or down(relu(up(x))), or with gelu."""
+
+    def __init__(self, channels: int, num_experts: int, expert_size: int, activation: str = "swiglu") -> None:
         super().__init__()
         self.num_experts = num_experts
         self.row_multiple = ROW_MULTIPLE
-        self.gate_up = nn.Parameter(torch.empty(num_experts, 2, expert_size, channels))
-        self.down = nn.Parameter(torch.empty(num_experts, channels, expert_size))
+        num_matrices, self._activate = ACTIVATIONS[activation]
+        self.gate_up = nn.Parameter(torch.randn(num_experts, num_matrices, expert_size, channels) * channels**-0.5)
+        self.down = nn.Parameter(torch.randn(num_experts, channels, expert_size) * expert_size**-0.5)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing, chance: LayerChance | None = None) -> Tensor:
         """x (N, C) -> (N, C), each row the weighted sum of its K experts' outputs."""
         experts_per_token = routing.expert_ids.shape[-1]
         row_of, group_ends, num_rows = padded_layout(routing.expert_ids.flatten(), self.num_experts, self.row_multiple)
         token_of = row_of.new_zeros(num_rows)  # rows of padding compute token 0 once more; nobody reads them
         token_of[row_of] = torch.arange(row_of.numel(), device=x.device) // experts_per_token
-        outputs = self._multiply(x[token_of], group_ends)[row_of].unflatten(0, (-1, experts_per_token))  # (N, K, C)
+        hidden = self._activate(_multiply(x[token_of], self.gate_up.flatten(1, 2), group_ends))  # (M, F)
+        if chance is not None:
+            hidden = chance.drop_hidden(hidden, row_of)
+        outputs = _multiply(hidden, self.down, group_ends)[row_of].unflatten(0, (-1, experts_per_token))  # (N, K, C)
         combined: Tensor = (outputs * routing.expert_weights.unsqueeze(-1).to(outputs.dtype)).sum(dim=1)
         return combined
-
-    def _multiply(self, rows: Tensor, group_ends: Tensor) -> Tensor:
-        """Each group of rows (M, C) through its own expert -> (M, C)."""
-        gate_up = torch._grouped_mm(rows, self.gate_up.flatten(1, 2).transpose(1, 2), offs=group_ends)
-        gate, up = gate_up.chunk(2, dim=-1)
-        product: Tensor = torch._grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=group_ends)
-        return product
 
     def reference(self, x: Tensor, routing: Routing) -> Tensor:
         """What ``forward`` computes, one expert after the other."""
@@ -52,9 +65,15 @@ class Experts(nn.Module):
         for expert in range(self.num_experts):
             chose_it = routing.expert_ids == expert  # (N, K)
             tokens, _ = chose_it.nonzero(as_tuple=True)
-            gate, up = (x[tokens] @ matrix.T for matrix in self.gate_up[expert])
-            outputs[chose_it] = (F.silu(gate) * up) @ self.down[expert].T
+            inner = torch.cat([x[tokens] @ matrix.T for matrix in self.gate_up[expert]], dim=-1)
+            outputs[chose_it] = self._activate(inner) @ self.down[expert].T
         return (outputs * routing.expert_weights.unsqueeze(-1)).sum(dim=1)
+
+
+def _multiply(rows: Tensor, matrices: Tensor, group_ends: Tensor) -> Tensor:
+    """Each group of rows (M, I) with its own of the matrices (E, O, I) -> (M, O)."""
+    product: Tensor = torch._grouped_mm(rows, matrices.transpose(1, 2), offs=group_ends)
+    return product
 
 
 def padded_layout(expert_ids: Tensor, num_experts: int, row_multiple: int = ROW_MULTIPLE) -> tuple[Tensor, Tensor, int]:
@@ -78,15 +97,39 @@ def padded_layout(expert_ids: Tensor, num_experts: int, row_multiple: int = ROW_
 
 
 class SparseMoE(nn.Module):
-    """A router and its experts: ``y, routing = moe(x)``."""
+    """A router and its experts: ``y, routing = moe(x)``. The options are ModelConfig's fields of the same names."""
 
-    def __init__(self, channels: int, num_experts: int, experts_per_token: int, expert_size: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_experts: int,
+        experts_per_token: int,
+        expert_size: int,
+        *,
+        activation: str = "swiglu",
+        num_groups: int = 1,
+        groups_per_token: int = 1,
+        gates_over: str = "chosen",
+    ) -> None:
         super().__init__()
-        self.router = Router(channels, num_experts, experts_per_token)
-        self.experts = Experts(channels, num_experts, expert_size)
+        self.router = Router(
+            channels,
+            num_experts,
+            experts_per_token,
+            num_groups=num_groups,
+            groups_per_token=groups_per_token,
+            gates_over=gates_over,
+        )
+        self.experts = Experts(channels, num_experts, expert_size, activation)
 
-    def forward(self, x: Tensor, disabled: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x (..., C) -> (..., C) and the routing of its N tokens in order. disabled: as the router takes it."""
+    def forward(
+        self, x: Tensor, disabled: Tensor | None = None, chance: LayerChance | None = None
+    ) -> tuple[Tensor, Routing]:
+        """x (..., C) -> (..., C) and the routing of its N tokens in order. disabled, chance: as the router takes them.
+
+        Whom a full expert turns away is not in the routing: it says what the router wanted.
+        """
         tokens = x.flatten(0, -2)
-        routing = self.router(tokens, disabled)
-        return self.experts(tokens, routing).view_as(x), routing
+        routing = self.router(tokens, disabled, chance)
+        carried_out = routing if chance is None else chance.within_capacity(routing)
+        return self.experts(tokens, carried_out, chance).view_as(x), routing

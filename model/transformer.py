@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Attend, Attention, Rotary, attend_in_window
+from model.chance import Chance, LayerChance
 from model.config import ModelConfig
 from model.experts import SparseMoE
 from model.router import Routing
@@ -28,15 +29,30 @@ class Layer(nn.Module):
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = Attention(config)
         self.moe_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.moe = SparseMoE(config.hidden_size, config.num_experts, config.experts_per_token, config.expert_size)
+        self.moe = SparseMoE(
+            config.hidden_size,
+            config.num_experts,
+            config.experts_per_token,
+            config.expert_size,
+            activation=config.activation,
+            num_groups=config.num_groups,
+            groups_per_token=config.groups_per_token,
+            gates_over=config.gates_over,
+        )
 
     def forward(
-        self, x: Tensor, rotary: Rotary, attend: Attend, disabled: Tensor | None = None
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        attend: Attend,
+        disabled: Tensor | None = None,
+        chance: LayerChance | None = None,
     ) -> tuple[Tensor, Routing]:
         """x (B, T, C) -> (B, T, C) and the routing of its B * T tokens. disabled (B * T or 1, E)"""
-        x = x + self.attention(self.attention_norm(x), rotary, attend)
-        update, routing = self.moe(self.moe_norm(x), disabled)
-        return x + update, routing
+        attended = self.attention(self.attention_norm(x), rotary, attend)
+        x = x + (attended if chance is None else chance.drop_update(attended, "attention"))
+        update, routing = self.moe(self.moe_norm(x), disabled, chance)
+        return x + (update if chance is None else chance.drop_update(update, "moe")), routing
 
 
 class Transformer(nn.Module):
@@ -59,18 +75,25 @@ class Transformer(nn.Module):
         for layer in self.layers:
             layer.moe.experts.row_multiple = multiple
 
-    def forward(self, ids: Tensor, disabled: Tensor | None = None) -> tuple[Tensor, list[Routing]]:
+    def forward(
+        self, ids: Tensor, disabled: Tensor | None = None, chance: Chance | None = None
+    ) -> tuple[Tensor, list[Routing]]:
         """A whole text at once, uncached. ids (B, T) -> logits (B, T, V) and the routing of each layer.
 
-        disabled (1, L, E) of bool: experts to do without.
+        disabled (1, L, E) of bool: experts to do without. chance is training's alone; nothing is random without it.
         """
         positions = torch.arange(ids.shape[1], device=ids.device)
         attend = attend_in_window(self.config.context_length, ids.shape[1], ids.device)
-        hidden, routings = self.hidden(ids, positions[None], lambda layer: attend, disabled)
+        hidden, routings = self.hidden(ids, positions[None], lambda layer: attend, disabled, chance)
         return self.head(hidden), routings
 
     def hidden(
-        self, ids: Tensor, positions: Tensor, attend_in: AttendIn, disabled: Tensor | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend_in: AttendIn,
+        disabled: Tensor | None = None,
+        chance: Chance | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """The final normed states of some tokens: ids and positions (B or 1, T) -> (B, T, C), routing per layer.
 
@@ -80,6 +103,7 @@ class Transformer(nn.Module):
         rotary = Rotary.at(positions, self.config.head_dim, self.config.rope_theta)
         routings = []
         for index, layer in enumerate(self.layers):
-            x, routing = layer(x, rotary, attend_in(index), None if disabled is None else disabled[:, index])
+            gone = None if disabled is None else disabled[:, index]
+            x, routing = layer(x, rotary, attend_in(index), gone, None if chance is None else chance.layer(index))
             routings.append(routing)
         return self.norm(x), routings

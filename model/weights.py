@@ -1,4 +1,8 @@
-"""The tensors of a checkpoint: Hugging Face's Qwen3-MoE names on disk, stacked experts in memory. Knows no folders."""
+"""The tensors of a checkpoint: Hugging Face's Qwen3-MoE names on disk, stacked experts in memory. Knows no folders.
+
+What Qwen3-MoE lacks is named in its manner: ``mlp.group_gate`` is the first of two levels of gating; a plain expert has
+no ``gate_proj``.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +60,13 @@ def _named(model: Transformer) -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}.self_attn.{theirs}.weight", weight
         yield f"{prefix}.post_attention_layernorm.weight", layer.moe_norm.weight
         yield f"{prefix}.mlp.gate.weight", layer.moe.router.weight
+        if model.config.num_groups > 1:
+            yield f"{prefix}.mlp.group_gate.weight", layer.moe.router.group_weight
         for expert in range(model.config.num_experts):
             experts = layer.moe.experts
-            yield f"{prefix}.mlp.experts.{expert}.gate_proj.weight", experts.gate_up[expert, 0]
-            yield f"{prefix}.mlp.experts.{expert}.up_proj.weight", experts.gate_up[expert, 1]
+            if model.config.activation == "swiglu":
+                yield f"{prefix}.mlp.experts.{expert}.gate_proj.weight", experts.gate_up[expert, 0]
+            yield f"{prefix}.mlp.experts.{expert}.up_proj.weight", experts.gate_up[expert, -1]
             yield f"{prefix}.mlp.experts.{expert}.down_proj.weight", experts.down[expert]
     yield "model.norm.weight", model.norm.weight
     yield "lm_head.weight", model.head.weight

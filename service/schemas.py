@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -130,12 +130,16 @@ class TextBody(Body):
                 "must hold [layer, expert] pairs below [{layers}, {experts}]",
                 {"layers": layers, "experts": experts},
             )
-        gone = Counter(layer for layer, _ in {(layer, expert) for layer, expert in value})
-        if experts - max(gone.values(), default=0) < limits.model.experts_per_token:
+        gone: defaultdict[int, set[int]] = defaultdict(set)
+        for layer, expert in value:
+            gone[layer].add(expert)
+        if not all(map(limits.model.can_do_without, gone.values())):
+            model = limits.model
+            groups = f" in {model.groups_per_token} of the {model.num_groups} groups" if model.num_groups > 1 else ""
             raise PydanticCustomError(
                 "out_of_range",
-                "must leave at least {least} experts in every layer",
-                {"least": limits.model.experts_per_token},
+                "must leave at least {least} experts{groups} in every layer",
+                {"least": model.experts_per_group_and_token, "groups": groups},
             )
         return value
 

@@ -8,9 +8,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from model.config import CHOICES as SHAPE_CHOICES
 from model.config import ModelConfig, UnsupportedConfig
 
 PRESETS = Path(__file__).parent / "presets"
+CHOICES: dict[str, tuple[str, ...]] = {
+    "router_noise": ("none", "gaussian", "jitter"),
+    "init": ("zero_output", "kaiming", "xavier", "truncated_normal"),
+}
 SHAPE_FIELDS = tuple(f.name for f in fields(ModelConfig) if f.name != "vocab_size")
 
 
@@ -20,7 +25,10 @@ class BadConfig(ValueError):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One run. Lengths are in tokens, rates are peaks; ``shape`` holds ModelConfig's fields but for the vocabulary."""
+    """One run. Lengths are in tokens, rates are peaks; ``shape`` holds ModelConfig's fields but for the vocabulary.
+
+    A capacity_factor of 0 sets no limit to what an expert takes; jitter is the width of the router noise of that name.
+    """
 
     corpus: str = "shakespeare"
     steps: int = 1000
@@ -34,6 +42,14 @@ class TrainingConfig:
     warmdown_share: float = 0.6
     balance_weight: float = 0.01
     z_weight: float = 0.001
+    importance_weight: float = 0.0
+    load_weight: float = 0.0
+    router_noise: str = "none"
+    jitter: float = 0.01
+    dropout: float = 0.0
+    expert_dropout: float = 0.0
+    capacity_factor: float = 0.0
+    init: str = "zero_output"
     evaluate_every: int = 100
     shape: dict[str, Any] = field(default_factory=dict)
 
@@ -44,6 +60,15 @@ class TrainingConfig:
             value = getattr(self, name)  # written so that NaN is out of range as well
             _require(0 <= value < 2**63, f"{name} is {value}; it must be at least 0 and below 2^63")
         _require(0 <= self.warmdown_share <= 1, f"warmdown_share is {self.warmdown_share}; it must be between 0 and 1")
+        for name in ("dropout", "expert_dropout", "jitter"):
+            _require(getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be below 1")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            _require(value in choices, f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        _require(
+            not self.load_weight or self.router_noise == "gaussian",
+            f"load_weight is {self.load_weight}; the load loss needs router_noise gaussian, not {self.router_noise}",
+        )
         self.model_config(vocab_size=1)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
@@ -89,7 +114,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     }
     for name in [*(f.name for f in fields(TrainingConfig) if f.name != "shape"), *SHAPE_FIELDS]:
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(defaults[name]), default=argparse.SUPPRESS, metavar=str(defaults[name]))
+        # A wrong word is refused where a preset's is, in the same one line.
+        shown = "|".join({**CHOICES, **SHAPE_CHOICES}.get(name, [str(defaults[name])]))
+        parser.add_argument(flag, type=type(defaults[name]), default=argparse.SUPPRESS, metavar=shown)
 
 
 def flag_values(arguments: argparse.Namespace) -> dict[str, Any]:

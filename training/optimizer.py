@@ -87,10 +87,14 @@ def _stack(parameter: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Muon and AdamW under one learning-rate factor; ``state`` and ``restore`` are exact."""
+    """Muon and AdamW under one learning-rate factor; ``state`` and ``restore`` are exact.
 
-    def __init__(self, model: Transformer, rates: LearningRates) -> None:
-        self._named = dict(model.named_parameters())
+    ``own`` are parameters that training has beside the model's; they are part of the state.
+    """
+
+    def __init__(self, model: Transformer, rates: LearningRates, own: Mapping[str, Tensor] | None = None) -> None:
+        self._own = dict(own or {})
+        self._named = dict(model.named_parameters()) | self._own
         matrices = {name: parameter for name, parameter in self._named.items() if is_matrix(name)}
         self._muon = Muon(matrices, rates.matrix, rates.weight_decay)
         groups = [
@@ -114,14 +118,18 @@ class Optimizer:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, besides the weights."""
+        """Everything that the next step depends on, besides the model's weights."""
         tensors = {f"muon.{name}": tensor for name, tensor in self._muon.momentum.items()}
+        tensors |= {f"own.{name}": tensor.detach() for name, tensor in self._own.items()}
         for name, parameter in self._named.items():
             for key, value in self._adamw.state.get(parameter, {}).items():
                 tensors[f"adamw.{key}.{name}"] = value
         return tensors
 
+    @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self._own.items():
+            parameter.copy_(tensors[f"own.{name}"])
         for name, momentum in self._muon.momentum.items():
             momentum.copy_(tensors[f"muon.{name}"])
         for name, parameter in self._named.items():
@@ -137,7 +145,7 @@ def is_matrix(name: str) -> bool:
 
 def is_chooser(name: str) -> bool:
     """What turns a state into choices: the head into characters, a router into experts."""
-    return name == "head.weight" or name.endswith("router.weight")
+    return name == "head.weight" or name.endswith(("router.weight", "router.group_weight", "router.noise"))
 
 
 def schedule(step: int, num_steps: int, warmup_steps: int, warmdown_share: float) -> float:

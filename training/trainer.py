@@ -17,18 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import checkpoint
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training import record, runs
-from training.balance import switch_loss, z_loss
+from training.chance import chance_in, noise_weights
 from training.config import BadConfig, TrainingConfig
 from training.corpora import Corpus
 from training.evaluate import Evaluation, evaluate
 from training.initialise import initialise
+from training.objective import objective
 from training.optimizer import LearningRates, Optimizer, schedule
 from training.progress import Progress
 
@@ -56,8 +56,9 @@ class Trainer:
         self.run = run
         self.tokenizer = Tokenizer.of_characters(corpus.train + corpus.validation)
         self.model = Transformer(config.model_config(self.tokenizer.vocab_size)).to(device)
-        initialise(self.model, config.seed)
-        self.optimizer = Optimizer(self.model, _learning_rates(config))
+        initialise(self.model, config.seed, config.init)
+        self.noise = noise_weights(config, self.model.config, device)
+        self.optimizer = Optimizer(self.model, _learning_rates(config), self.noise)
         self.train_ids = torch.tensor(self.tokenizer.encode(corpus.train), device=device)
         self.validation_ids = torch.tensor(self.tokenizer.encode(corpus.validation), device=device)
         self.history = History()
@@ -106,12 +107,9 @@ class Trainer:
     def train_step(self, step: int) -> float:
         """One update; returns the cross entropy of its batch in nats per token, before the update."""
         x, y = self.batch(step)
-        logits, routings = self.model(x)
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        # Summed over the layers, not averaged: averaging lets the last layer drift out of balance.
-        balance = torch.stack([switch_loss(routing) for routing in routings]).sum()
-        z = torch.stack([z_loss(routing) for routing in routings]).sum()
-        (cross_entropy + self.config.balance_weight * balance + self.config.z_weight * z).backward()
+        logits, routings = self.model(x, chance=chance_in(self.config, self.noise, step, x))
+        loss, cross_entropy = objective(logits, y, routings, self.config)
+        loss.backward()
         factor = schedule(step, self.config.steps, self.config.warmup_steps, self.config.warmdown_share)
         self.optimizer.step(step, factor)
         return cross_entropy.item()
