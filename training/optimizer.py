@@ -87,9 +87,14 @@ def _stack(parameter: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Muon and AdamW under one learning-rate factor; ``state`` and ``restore`` are exact."""
+    """Muon and AdamW under one learning-rate factor; ``state`` and ``restore`` are exact.
 
-    def __init__(self, model: Transformer, rates: LearningRates) -> None:
+    clip_norm bounds the norm of all gradients together (Pascanu et al. 2013); 0 is no bound. Muon's step has the same
+    size whatever the gradient's, so for the matrices a bound only keeps one bad batch from ruling their momentum.
+    """
+
+    def __init__(self, model: Transformer, rates: LearningRates, clip_norm: float = 0.0) -> None:
+        self._clip_norm = clip_norm
         self._named = dict(model.named_parameters())
         matrices = {name: parameter for name, parameter in self._named.items() if is_matrix(name)}
         self._muon = Muon(matrices, rates.matrix, rates.weight_decay)
@@ -106,6 +111,8 @@ class Optimizer:
     @torch.no_grad()
     def step(self, number: int, factor: float) -> None:
         """One update from the gradients, which are dropped. number counts from 0; factor scales every learning rate."""
+        if self._clip_norm:
+            torch.nn.utils.clip_grad_norm_(self._named.values(), self._clip_norm)
         self._muon.step(number, factor)
         for group, peak in zip(self._adamw.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
