@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
     from training.corpora import Corpus
+    from training.parallel import Ranks
+    from training.trainer import Trainer
 
 RUNS = Path("runs")
 
@@ -30,7 +32,8 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except tuple(_expected_errors()) as error:
-        print(f"{error}", file=sys.stderr)
+        if _speaks_of(error):
+            print(f"{error}", file=sys.stderr)
         return 1
 
 
@@ -81,27 +84,55 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     _with_patient_malloc()
-    from training.trainer import Trainer
+    from training import runs
+    from training.parallel import Ranks
+    from training.trainer import Trainer, require_resumable
 
     config = configs.from_preset(arguments.preset, configs.flag_values(arguments))
     run = RUNS / (arguments.run or arguments.preset)
     if run.parent != RUNS or run.name in ("", ".", ".."):
         raise configs.BadConfig(f"--run is {arguments.run}; it is the plain name of a folder below {RUNS}/")
-    corpus = _corpus(arguments.data, config.corpus)
-    if not arguments.resume and any(run.glob("step-*")):
+    ranks = Ranks.from_environment()
+    if config.batch_size % ranks.size:
+        raise configs.BadConfig(f"batch_size is {config.batch_size}; {ranks.size} ranks must share it evenly")
+    device = _rank_device(arguments.device, ranks)
+    runs.require_writable(run)
+    if arguments.resume:
+        require_resumable(config, run)
+    elif any(run.glob("step-*")):
         raise configs.BadConfig(f"{run} has checkpoints already; add --resume to go on, or name another with --run")
-    start = Trainer.resume if arguments.resume else Trainer
-    trainer = start(config, corpus, run, _device(arguments.device))
-    shape = trainer.model.config
-    print(
+    with ranks.joined(device):
+        with ranks.first_goes_ahead(device):
+            corpus = _corpus(arguments.data, config.corpus)
+        start = Trainer.resume if arguments.resume else Trainer
+        trainer = start(config, corpus, run, device, ranks)
+        if ranks.is_first:
+            print(_beginning(trainer), flush=True)
+        final = trainer.train()
+    if ranks.is_first:
+        print(_summary(trainer, final))
+
+
+def _beginning(trainer: Trainer) -> str:
+    shape, size = trainer.model.config, trainer.ranks.size
+    return (
         f"{shape.num_parameters:,} parameters, {shape.num_active_parameters:,} at work per token; "
-        f"{config.steps} steps of {trainer.tokens_per_step:,} tokens on {trainer.model.device}; saving to {run}/",
-        flush=True,
+        f"{trainer.config.steps} steps of {trainer.tokens_per_step:,} tokens on {trainer.model.device}"
+        f"{f' and {size - 1} more' if size > 1 else ''}; saving to {trainer.run}/"
     )
-    folder = trainer.train()
-    if trainer.history.step < config.steps:
-        print(f"stopped at step {trainer.history.step}; go on with the same line and --resume")
-    print(f"serve it:  make serve CHECKPOINT={folder}")
+
+
+def _summary(trainer: Trainer, final: Path) -> str:
+    history = trainer.history
+    assert history.best
+    stopped = f"stopped at step {history.step}; go on with the same line and --resume\n"
+    return (
+        f"{stopped if history.step < trainer.config.steps else ''}"
+        f"final  validation loss {history.loss_curve[-1]['validation_loss']:.4f} at step {history.step}: {final}\n"
+        f"best   validation loss {history.best['validation_loss']:.4f} at step {history.best['step']}: "
+        f"{trainer.best_folder}\n"
+        f"serve it:  make serve CHECKPOINT={trainer.best_folder}"
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -188,6 +219,21 @@ def _device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
+def _rank_device(name: str, ranks: Ranks) -> torch.device:
+    """Each rank of a machine has a GPU to itself."""
+    import torch
+
+    device = _device(name)
+    if device.type == "cpu" or ranks.size == 1:
+        return device
+    if ranks.local_size > torch.cuda.device_count():
+        raise configs.BadConfig(
+            f"{ranks.local_size} ranks share {torch.cuda.device_count()} GPUs here; start one rank for each GPU"
+        )
+    torch.cuda.set_device(ranks.local_rank)
+    return torch.device("cuda", ranks.local_rank)
+
+
 def _with_patient_malloc() -> None:
     if not MALLOC.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, "-m", "training", *sys.argv[1:]], {**os.environ, **MALLOC})
@@ -197,19 +243,29 @@ def _expected_errors() -> list[type[Exception]]:
     from model.checkpoint import CheckpointError
     from model.tokenizer import UnknownCharacters
     from training.corpora import CorpusUnavailable
-    from training.runs import NothingToResume
+    from training.runs import NothingToResume, NotWritable
 
-    ours = [configs.BadConfig, CheckpointError, CorpusUnavailable, NothingToResume, UnknownCharacters]
+    ours = [configs.BadConfig, CheckpointError, CorpusUnavailable, NothingToResume, NotWritable, UnknownCharacters]
     if "torch" in sys.modules:  # else nobody can have raised these
         from training.evaluate import TooShort
+        from training.parallel import RankLost
         from training.trainer import Diverged
 
-        ours += [TooShort, Diverged]
+        ours += [TooShort, Diverged, RankLost]
     if "training.gguf_export" in sys.modules:
         from training.gguf_export import NoCounterpart
 
         ours += [NoCounterpart]
     return [*ours, OSError]
+
+
+def _speaks_of(error: Exception) -> bool:
+    """Under torchrun all ranks refuse the same; the first says so. What befell one rank alone, that rank says."""
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    from training.parallel import RankLost, Ranks
+
+    return Ranks.from_environment().is_first or isinstance(error, RankLost | OSError)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class TrainingConfig:
     embedding_learning_rate: float = 0.008
     head_learning_rate: float = 0.004
     weight_decay: float = 0.1
+    clip_norm: float = 0.0  # the largest norm of all gradients together; 0 leaves them as they are
     warmup_steps: int = 30
     warmdown_share: float = 0.6
     balance_weight: float = 0.01

@@ -89,10 +89,19 @@ def _stack(parameter: Tensor) -> Tensor:
 class Optimizer:
     """Muon and AdamW under one learning-rate factor; ``state`` and ``restore`` are exact.
 
+    clip_norm bounds the norm of all gradients together (Pascanu et al. 2013); 0 is no bound. Muon's step has the same
+    size whatever the gradient's, so for the matrices a bound only keeps one bad batch from ruling their momentum.
     ``own`` are parameters that training has beside the model's; they are part of the state.
     """
 
-    def __init__(self, model: Transformer, rates: LearningRates, own: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        rates: LearningRates,
+        clip_norm: float = 0.0,
+        own: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._clip_norm = clip_norm
         self._own = dict(own or {})
         self._named = dict(model.named_parameters()) | self._own
         matrices = {name: parameter for name, parameter in self._named.items() if is_matrix(name)}
@@ -110,6 +119,8 @@ class Optimizer:
     @torch.no_grad()
     def step(self, number: int, factor: float) -> None:
         """One update from the gradients, which are dropped. number counts from 0; factor scales every learning rate."""
+        if self._clip_norm:
+            torch.nn.utils.clip_grad_norm_(self._named.values(), self._clip_norm)
         self._muon.step(number, factor)
         for group, peak in zip(self._adamw.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from training.evaluate import Evaluation
+from training.journal import StepFigures
 
 
 class Progress:
@@ -29,13 +28,10 @@ class Progress:
         )
         self._task = self._bar.add_task("train", total=num_steps, completed=done, status="")
 
-    def __enter__(self) -> Progress:
+    def start(self) -> None:
         self._bar.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
         self._bar.stop()
 
     def step(self, step: int, loss: float) -> None:
@@ -43,10 +39,12 @@ class Progress:
         rate = f"{speed * self._tokens_per_step:,.0f} tokens/s" if speed else ""
         self._bar.update(self._task, completed=step, status=f"loss {loss:.4f} {rate}")
 
-    def evaluation(self, step: int, result: Evaluation, sample: str) -> None:
+    def evaluation(self, figures: StepFigures, result: Evaluation, sample: str) -> None:
         self._console.print(
-            f"step {step}: validation loss {result.loss:.4f} over {result.num_windows} windows, "
-            f"busiest expert {result.max_load:.2f} x the mean, {result.num_idle} idle",
+            f"step {figures.step}: validation loss {result.loss:.4f} over {result.num_windows} windows, "
+            f"busiest expert {result.max_load:.2f} x the mean, {result.num_idle} idle, "
+            f"entropy {result.min_entropy:.3f}, "
+            f"{figures.tokens / figures.seconds:,.0f} tokens/s",
             markup=False,
         )
         for line in sample.strip().splitlines()[:4]:

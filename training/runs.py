@@ -6,6 +6,7 @@ A kill at any moment leaves the folders before it whole: each is written beside 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -28,18 +29,24 @@ class NothingToResume(Exception):
     """A run has no checkpoint that verifies. One sentence."""
 
 
+class NotWritable(Exception):
+    """A run's folder cannot be made or written to. One sentence."""
+
+
 def step_folder(run: Path, step: int) -> Path:
     return run / f"step-{step}"
 
 
-def save_step(run: Path, step: int, serving: dict[str, bytes], card: str, state: dict[str, Tensor]) -> Path:
-    """Save a step as a new folder and drop all but the newest two."""
+def save_step(
+    run: Path, step: int, serving: dict[str, bytes], card: str, state: dict[str, Tensor], best: int | None = None
+) -> Path:
+    """Save a step as a new folder and drop all but the newest two and the step that is best so far."""
     folder = step_folder(run, step)
     if folder.exists():  # an interrupted run that was resumed from further back comes by here again
         shutil.rmtree(folder)
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     checkpoint.save(folder, {**serving, RESUME: to_bytes(tensors)}, unlisted={"README.md": card.encode()})
-    kept = {folder, *_whole(run)[:KEPT]}
+    kept = {folder, *_whole(run)[:KEPT]} | ({step_folder(run, best)} if best is not None else set())
     half_written = set(run.glob(".step-*"))  # left by a kill; nobody else writes to this run
     for old in {*_steps(run), *half_written} - kept:
         shutil.rmtree(old)
@@ -72,11 +79,20 @@ def append_metrics(run: Path, **values: Any) -> None:
 
 
 def forget_metrics_after(run: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run is going to take once more."""
+    """Drop the lines of steps that a run is going to take once more."""
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
     # The last line may have been cut off by a kill.
     path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))
+
+
+def require_writable(run: Path) -> None:
+    """Raises NotWritable. Makes nothing: a run that is refused later leaves no folder behind."""
+    existing = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise NotWritable(f"{run} cannot be written: {existing} is no folder that this user may write to")
 
 
 def export(source: Path, target: Path) -> None:
@@ -94,10 +110,10 @@ def _steps(run: Path) -> list[Path]:
 
 
 def _whole(run: Path) -> list[Path]:
-    return [folder for folder in _steps(run) if _is_whole(folder)]
+    return [folder for folder in _steps(run) if is_whole(folder)]
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     try:
         checkpoint.verify(folder)
     except checkpoint.CheckpointError:

@@ -1,4 +1,5 @@
-"""The training loop: batches in, checkpoints out. What a step does depends on (seed, step) alone, so a resume is exact.
+"""The training loop: batches in, checkpoints out. What a step does depends on (seed, step) alone, so a resume is exact,
+and every rank of a parallel run takes its rows of the same global batch.
 
 Letters: B batch, T context_length.
 """
@@ -10,7 +11,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,95 +27,107 @@ from training.chance import chance_in, noise_weights
 from training.config import BadConfig, TrainingConfig
 from training.corpora import Corpus
 from training.evaluate import Evaluation, evaluate
+from training.history import History, flops_per_token, lowest
 from training.initialise import initialise
+from training.journal import Journal, StepFigures
 from training.objective import objective
 from training.optimizer import LearningRates, Optimizer, schedule
+from training.parallel import ALONE, Ranks
 from training.progress import Progress
-
-# makeMoE's best and nanoGPT's GPU configuration, both on tiny Shakespeare: a run notes when it passes them.
-MILESTONES = (1.7439, 1.4697)
-
-
-@dataclass
-class History:
-    """What a run remembers between its steps and across its interruptions."""
-
-    step: int = 0
-    seconds: float = 0.0
-    curve: list[dict[str, float]] = field(default_factory=list)
-    milestones: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Trainer:
     """One run: its model, its data and where it stands."""
 
-    def __init__(self, config: TrainingConfig, corpus: Corpus, run: Path, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainingConfig, corpus: Corpus, run: Path, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
         _require_windows(corpus, config.model_config(vocab_size=1).context_length)
         self.config = config
         self.corpus = corpus
         self.run = run
+        self.ranks = ranks
         self.tokenizer = Tokenizer.of_characters(corpus.train + corpus.validation)
         self.model = Transformer(config.model_config(self.tokenizer.vocab_size)).to(device)
         initialise(self.model, config.seed, config.init)
         self.noise = noise_weights(config, self.model.config, device)
-        self.optimizer = Optimizer(self.model, _learning_rates(config), self.noise)
+        self.optimizer = Optimizer(self.model, _learning_rates(config), config.clip_norm, self.noise)
         self.train_ids = torch.tensor(self.tokenizer.encode(corpus.train), device=device)
         self.validation_ids = torch.tensor(self.tokenizer.encode(corpus.validation), device=device)
         self.history = History()
 
     @classmethod
-    def resume(cls, config: TrainingConfig, corpus: Corpus, run: Path, device: torch.device) -> Trainer:
-        """Continue from a run's newest whole checkpoint. Raises NothingToResume, or BadConfig for another run."""
-        folder = runs.newest(run)
-        facts = checkpoint.read_record(folder)
-        _require_same(config, corpus, facts, run)
-        trainer = cls(config, corpus, run, device)
+    def resume(
+        cls, config: TrainingConfig, corpus: Corpus, run: Path, device: torch.device, ranks: Ranks = ALONE
+    ) -> Trainer:
+        """Continue from a run's newest whole checkpoint, with any number of ranks.
+
+        Raises NothingToResume, or BadConfig for another run.
+        """
+        folder, facts = require_resumable(config, run)
+        _require_same_text(corpus, facts, run)
+        trainer = cls(config, corpus, run, device, ranks)
         state = runs.read_state(folder)
         weights = {name.removeprefix("model."): state.pop(name) for name in list(state) if name.startswith("model.")}
         trainer.model.load_state_dict(weights)
         trainer.optimizer.restore(state)
-        trainer.history = History(facts["steps"], facts["seconds"], facts["loss_curve"], facts["milestones"])
-        runs.forget_metrics_after(run, trainer.history.step)
+        trainer.history = History.from_record(facts)
+        if not runs.is_whole(trainer.best_folder):  # the step it resumes from is the best that is left
+            trainer.history.best = lowest(trainer.history.loss_curve[-1:])
         return trainer
 
     @property
     def tokens_per_step(self) -> int:
         return self.config.batch_size * self.model.config.context_length
 
+    @property
+    def tokens(self) -> int:
+        return self.history.step * self.tokens_per_step
+
+    @property
+    def flops(self) -> int:
+        return self.tokens * flops_per_token(self.model.config)
+
     def train(self) -> Path:
         """Train to the end, or to the end of the step in which SIGINT or SIGTERM came; return the last checkpoint."""
-        progress = Progress(self.config.steps, self.tokens_per_step, self.history.step)
-        with _stop_requested() as stop, progress:
+        with _stop_requested() as stop, _Watchers(self) as watchers:
             while True:
-                loss = self._timed_step()
-                progress.step(self.history.step, loss)
-                is_last = self.history.step >= self.config.steps or bool(stop)
+                figures = self._timed_step()
+                watchers.step(figures)
+                is_last = self.history.step >= self.config.steps or self.ranks.any(bool(stop), self.model.device)
                 if is_last or self.history.step % self.config.evaluate_every == 0:
-                    folder = self.evaluate_and_save(loss, progress)
+                    folder = self.evaluate_and_save(figures, watchers)
                 if is_last:
                     return folder
 
-    def _timed_step(self) -> float:
+    def _timed_step(self) -> StepFigures:
         started = time.monotonic()
+        factor = self._learning_rate_factor(self.history.step)
         loss = self.train_step(self.history.step)
+        seconds = time.monotonic() - started
         self.history.step += 1
-        self.history.seconds += time.monotonic() - started
+        self.history.seconds += seconds
         _require_finite(loss, self.history.step)
-        runs.append_metrics(self.run, step=self.history.step, loss=round(loss, 5))
-        return loss
+        return StepFigures(
+            self.history.step, loss, factor, self.tokens, self.history.seconds, self.tokens_per_step / seconds
+        )
 
     def train_step(self, step: int) -> float:
-        """One update; returns the cross entropy of its batch in nats per token, before the update."""
-        x, y = self.batch(step)
-        logits, routings = self.model(x, chance=chance_in(self.config, self.noise, step, x))
-        loss, cross_entropy = objective(logits, y, routings, self.config)
+        """One update; returns the cross entropy of its global batch in nats per token, before the update."""
+        rows = self.ranks.rows(self.config.batch_size)
+        x, y = (ids[rows] for ids in self.batch(step))
+        logits, routings = self.model(x, chance=chance_in(self.config, self.noise, step, x, rows.start))
+        loss, cross_entropy = objective(logits, y, self.ranks.gather(routings), self.config)
         loss.backward()
-        factor = schedule(step, self.config.steps, self.config.warmup_steps, self.config.warmdown_share)
-        self.optimizer.step(step, factor)
-        return cross_entropy.item()
+        self.ranks.average_gradients([*self.model.parameters(), *self.noise.values()])
+        self.optimizer.step(step, self._learning_rate_factor(step))
+        return self.ranks.mean(cross_entropy.item(), self.model.device)
+
+    def _learning_rate_factor(self, step: int) -> float:
+        return schedule(step, self.config.steps, self.config.warmup_steps, self.config.warmdown_share)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, T), drawn by a generator that depends on (seed, step) alone."""
+        """Inputs and targets (B, T) of the global batch, drawn by a generator that depends on (seed, step) alone."""
         length = self.model.config.context_length
         generator = np.random.Generator(np.random.Philox(key=[self.config.seed, step]))
         starts = generator.integers(0, len(self.train_ids) - length, size=self.config.batch_size)
@@ -123,50 +135,78 @@ class Trainer:
         windows = self.train_ids[rows.to(self.train_ids.device)]
         return windows[:, :-1], windows[:, 1:]
 
-    def evaluate_and_save(self, train_loss: float, progress: Progress) -> Path:
-        """Score the validation text, write a checkpoint folder, and show how far the model has come."""
-        rounded = record.as_served(self.model)
-        result = evaluate(rounded, self.validation_ids)
-        _require_finite(result.loss, self.history.step)
-        self._remember(train_loss, result)
+    def evaluate_and_save(self, figures: StepFigures, watchers: _Watchers) -> Path:
+        """Score the validation text, write a checkpoint folder, and show how far the model has come.
+
+        The first rank does it all; the others wait to hear whether the run goes on.
+        """
+        rounded = record.as_served(self.model) if self.ranks.is_first else None
+        result = evaluate(rounded, self.validation_ids) if rounded else None
+        _require_finite(self.ranks.from_first(result.loss if result else 0.0, self.model.device), self.history.step)
+        if rounded is None or result is None:
+            return runs.step_folder(self.run, self.history.step)
+        point = self.history.remember(figures.loss, result.loss, self.tokens, self.flops)
         sample = record.sample(rounded, self.tokenizer)
-        progress.evaluation(self.history.step, result, sample)
+        watchers.evaluation(point, figures, result, sample)
+        return self._save(rounded, result, sample)
+
+    def _save(self, rounded: Transformer, result: Evaluation, sample: str) -> Path:
         serving = record.serving_files(rounded, self.tokenizer, self._facts(result))
         weights = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         card = record.card(self.run.name, rounded.config, self._facts(result), sample)
-        return runs.save_step(self.run, self.history.step, serving, card, {**weights, **self.optimizer.state()})
+        state = {**weights, **self.optimizer.state()}
+        best = runs.step_of(self.best_folder)
+        return runs.save_step(self.run, self.history.step, serving, card, state, best)
 
-    def _remember(self, train_loss: float, result: Evaluation) -> None:
-        tokens = self.history.step * self.tokens_per_step
-        point = {
-            "step": self.history.step,
-            "train_loss": round(train_loss, 5),
-            "validation_loss": round(result.loss, 5),
-        }
-        self.history.curve.append(point)
-        runs.append_metrics(
-            self.run, **point, max_load=round(result.max_load, 4), seconds=round(self.history.seconds, 1)
-        )
-        for milestone in MILESTONES:
-            if result.loss < milestone:
-                reached = {"step": self.history.step, "tokens": tokens, "seconds": round(self.history.seconds, 1)}
-                self.history.milestones.setdefault(str(milestone), reached)
+    @property
+    def best_folder(self) -> Path:
+        """Where the step of the lowest validation loss is, or will be once it is saved."""
+        best = self.history.best
+        return runs.step_folder(self.run, int(best["step"]) if best else self.history.step)
 
     def _facts(self, result: Evaluation) -> dict[str, Any]:
         """The training record, but for what depends on the weights alone."""
         return {
             "config": self.config.as_dict(),
             "corpus": {"name": self.corpus.name, "sha256": self.corpus.digests},
-            "steps": self.history.step,
-            "tokens": self.history.step * self.tokens_per_step,
-            "seconds": round(self.history.seconds, 1),
-            "loss_curve": self.history.curve,
-            "milestones": self.history.milestones,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            **self.history.as_record(),
             "validation_loss": round(result.loss, 5),
             "validation_windows": result.num_windows,
             "routing_baseline": result.shares,
             "max_load": round(result.max_load, 4),
         }
+
+
+class _Watchers:
+    """Who is told of the steps and evaluations of a run: a person and the run's folder, by the first rank alone."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        history, is_first = trainer.history, trainer.ranks.is_first
+        self._progress = Progress(trainer.config.steps, trainer.tokens_per_step, history.step) if is_first else None
+        self._journal = Journal(trainer.run, history.step) if is_first else None
+
+    def __enter__(self) -> _Watchers:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+        if self._journal:
+            self._journal.close()
+
+    def step(self, figures: StepFigures) -> None:
+        if self._progress and self._journal:
+            self._progress.step(figures.step, figures.loss)
+            self._journal.step(figures)
+
+    def evaluation(self, point: dict[str, float], figures: StepFigures, result: Evaluation, sample: str) -> None:
+        if self._progress and self._journal:
+            self._progress.evaluation(figures, result, sample)
+            self._journal.evaluation(point, figures, result, sample)
 
 
 class Diverged(Exception):
@@ -186,18 +226,30 @@ def _require_windows(corpus: Corpus, length: int) -> None:
         )
 
 
-def _require_same(config: TrainingConfig, corpus: Corpus, facts: dict[str, Any], run: Path) -> None:
+def require_resumable(config: TrainingConfig, run: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest whole checkpoint of a run and its training record. Needs no corpus. Raises as ``resume`` does."""
+    folder = runs.newest(run)
+    facts = checkpoint.read_record(folder)
+    _require_same(config, facts, run)
+    return folder, facts
+
+
+def _require_same(config: TrainingConfig, facts: dict[str, Any], run: Path) -> None:
     """A resumed run may go on for longer and be looked at more often; anything else would be another run."""
     may_change = {"steps", "evaluate_every"}
-    changed = [name for name, value in config.as_dict().items() if facts["config"].get(name) != value]
+    begun_with = {**TrainingConfig().as_dict(), **facts["config"]}  # an older run had an option's default
+    changed = [name for name, value in config.as_dict().items() if begun_with[name] != value]
     if changed := [name for name in changed if name not in may_change]:
         raise BadConfig(
             f"{run} was begun with another {', '.join(changed)}; resume it with the same, or name another run"
         )
-    if facts["corpus"]["sha256"] != corpus.digests:
-        raise BadConfig(f"{run} was begun with another text; resume it with the same, or name another run with --run")
     if facts["steps"] >= config.steps:
         raise BadConfig(f"{run} has its {facts['steps']} steps already; ask for more with --steps")
+
+
+def _require_same_text(corpus: Corpus, facts: dict[str, Any], run: Path) -> None:
+    if facts["corpus"]["sha256"] != corpus.digests:
+        raise BadConfig(f"{run} was begun with another text; resume it with the same, or name another run with --run")
 
 
 def _learning_rates(config: TrainingConfig) -> LearningRates:
