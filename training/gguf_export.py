@@ -33,7 +33,7 @@ NO_MERGE = "\u2205 \u2205"
 DType = Literal["f32", "bf16"]
 
 # What llama.cpp's qwen3moe computes; a model without the field has this value.
-_COUNTERPARTS: dict[str, Any] = {"activation": "swiglu", "num_groups": 1, "groups_per_token": 1}
+_COUNTERPARTS: dict[str, Any] = {"activation": "swiglu", "num_groups": 1, "groups_per_token": 1, "gates_over": "chosen"}
 
 
 class NoCounterpart(Exception):

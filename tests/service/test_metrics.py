@@ -11,7 +11,7 @@ import pytest
 from model.config import ModelConfig
 from service.metrics import MAX_EXPERT_SERIES, OUTCOMES, expert_detail
 from tests.checkpoints import tiny_checkpoint
-from tests.evidence import Evidence
+from tests.evidence import At, Evidence
 from tests.service.conftest import StartServer
 from tests.service.serving import FOR_EVER, Samples, Server
 
@@ -103,25 +103,26 @@ def quickest_scrape(server: Server) -> float:
 
 @pytest.mark.parametrize("num_experts", [1024, 4096])
 def test_thousands_of_experts_make_few_series_and_the_sums_stay_true(
-    start_server: StartServer, tmp_path: Path, evidence: Evidence, num_experts: int
+    start_server: StartServer, tmp_path: Path, at: At, evidence: Evidence, num_experts: int
 ) -> None:
-    sizes = {"num_layers": 6, "num_experts": num_experts, "expert_size": 16}
+    layers = at(1, 6)
+    sizes = {"num_layers": layers, "num_experts": num_experts, "expert_size": 16}
     checkpoint = tiny_checkpoint(tmp_path / "many", **sizes)
     server = start_server("--checkpoint", checkpoint, "--slots", 4).wait_until_ready()
     told = dict(server.events("ROMEO:", max_new_tokens=20))["done"]["routing"]
     exposition = server.client.get("/metrics").text
-    assert [len(told["counts"]), len(told["counts"][0])] == [6, num_experts]
-    assert [sum(counts) for counts in told["counts"]] == [2 * told["tokens"]] * 6
+    assert [len(told["counts"]), len(told["counts"][0])] == [layers, num_experts]
+    assert [sum(counts) for counts in told["counts"]] == [2 * told["tokens"]] * layers
     assert series_of(exposition) < MAX_EXPERT_SERIES
     samples = Samples.parse(exposition)
     assert_the_sum_rule(samples, experts_per_token=2)
-    assert samples.total("routed_tokens_total") == 6 * told["tokens"]
+    assert samples.total("routed_tokens_total") == layers * told["tokens"]
     assert "expert=" not in exposition
     assert server.client.get("/info").json()["expert_metrics"] == "layer"
     lines = [json.loads(line) for line in server.log.splitlines()]
     (said,) = [line for line in lines if line["event"] == "expert_metrics_by_layer"]
-    assert said["series"] == 6 * num_experts * 4
-    evidence(f"series of /metrics with 6 x {num_experts:,} experts", series_of(exposition))
+    assert said["series"] == layers * num_experts * 4
+    evidence(f"series of /metrics with {layers} x {num_experts:,} experts", series_of(exposition))
     evidence("milliseconds to answer", 1000 * quickest_scrape(server))
 
 
