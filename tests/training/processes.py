@@ -1,0 +1,32 @@
+"""`python -m training` as a process, as a person starts it, alone or under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+VERSE = "The quick brown fox jumps over the lazy dog, and he sleeps on.\n" * 200
+
+
+def training(*arguments: object, cwd: Path, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
+    inherited = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "--", "training"]
+    command = [sys.executable, *(torchrun if ranks > 1 else ["-m", "training"]), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=inherited, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def start(text: Path, run: str, *more: object, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
+    arguments = ("train", "--preset", "tiny", "--data", text, "--run", run, *more)
+    return training(*arguments, cwd=text.parent, ranks=ranks, **environment)
+
+
+def train(text: Path, run: str, *more: object, ranks: int = 1, **environment: str) -> str:
+    process = start(text, run, *more, ranks=ranks, **environment)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output

@@ -1,0 +1,93 @@
+"""Ranks under torchrun train the model that one process trains, and end together. Real processes, gloo on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from model import checkpoint
+from tests.evidence import Evidence
+from tests.training.processes import start, train
+from training import runs
+
+FOR_EVER = ("--steps", 100_000, "--evaluate-every", 100_000)
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def wait_for_a_step(run: Path, process: subprocess.Popen[str]) -> None:
+    while not (run / "metrics.jsonl").exists():
+        time.sleep(0.01)  # polling another process's folder
+        assert process.poll() is None
+
+
+def pid_of_rank(torchrun: subprocess.Popen[str], rank: int) -> int:
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    return next(int(pid) for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
+
+
+def test_two_ranks_give_one_ranks_loss_and_one_resumes_what_two_began(text: Path, evidence: Evidence) -> None:
+    """The balance weight is large, so that statistics of half a batch would show."""
+    arguments = ("--steps", 100, "--evaluate-every", 50, "--balance-weight", 1)
+    train(text, "one", *arguments)
+    output = train(text, "two", *arguments, ranks=2)
+    assert output.count("serve it") == 1
+    one, two = losses(text.parent / "runs" / "one"), losses(text.parent / "runs" / "two")
+    assert len(one) == len(two) == 100
+    apart = max(abs(a - b) for a, b in zip(one, two, strict=True))
+    evidence("largest difference of the loss in 100 steps, nats per token", apart)
+    assert apart < 1e-4
+    shutil.rmtree(text.parent / "runs" / "two" / "step-100")
+    train(text, "two", *arguments, "--resume")
+    assert losses(text.parent / "runs" / "two") == pytest.approx(one, abs=1e-4)
+
+
+def test_a_signal_ends_all_ranks_in_the_same_step(text: Path) -> None:
+    process = start(text, "stop", *FOR_EVER, ranks=2)
+    wait_for_a_step(text.parent / "runs" / "stop", process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert output.count("stopped at step") == 1
+    assert "another rank is gone" not in output
+    folder = runs.newest(text.parent / "runs" / "stop")
+    assert checkpoint.read_record(folder)["steps"] == len(losses(text.parent / "runs" / "stop"))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_death_of_a_rank_ends_the_others_with_one_line(text: Path, victim: int) -> None:
+    process = start(text, "dies", *FOR_EVER, ranks=2)
+    wait_for_a_step(text.parent / "runs" / "dies", process)
+    os.kill(pid_of_rank(process, victim), signal.SIGKILL)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    said = [line for line in output.splitlines() if line.startswith("another rank is gone")]
+    assert len(said) == 1
+    assert "--resume" in said[0]
+
+
+def test_ranks_that_diverge_say_so_once(text: Path) -> None:
+    process = start(text, "wild", "--embedding-learning-rate", 1e18, ranks=2)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert output.count("lower the learning rates") == 1
+    assert "another rank is gone" not in output
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused_by_the_first_alone(text: Path) -> None:
+    """Before any rank meets another: here there is none to meet."""
+    said = []
+    for rank in "01":
+        process = start(text, "odd", RANK=rank, WORLD_SIZE="3", LOCAL_RANK=rank, LOCAL_WORLD_SIZE="3")
+        said.append(process.communicate(timeout=60)[0])
+        assert process.returncode == 1
+    assert said == ["batch_size is 8; 3 ranks must share it evenly\n", ""]
