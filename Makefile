@@ -33,7 +33,8 @@ lint: .venv/lint.stamp ## ruff, mypy, the import direction, Dockerfile and docke
 	@.venv/bin/docker-compose -f docker-compose.yml config --quiet
 
 bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
-	@exec $(PY) -m benchmarks $(ARGS)
+	@$(PY) -m benchmarks $(ARGS)
+	@$(PY) -m benchmarks.training
 
 # A run of a part (ARGS='-k kill') shows its scoreboard and leaves the written record alone.
 prove: .venv/test.stamp ## every claim at full size, on a scoreboard and in docs/evidence.md

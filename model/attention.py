@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.norm import RMSNorm
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(queries (B, H, T, D), keys (B, G, T, D), values (B, G, T, D)) -> (B, H, T, D)"""
@@ -71,8 +72,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(channels, config.num_kv_heads * config.head_dim, bias=False)
         self.value = nn.Linear(channels, config.num_kv_heads * config.head_dim, bias=False)
         self.out = nn.Linear(config.num_heads * config.head_dim, channels, bias=False)
-        self.query_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.key_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.query_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.key_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """x (B, T, C) -> (B, T, C)"""

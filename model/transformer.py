@@ -15,6 +15,7 @@ from model.attention import Attend, Attention, Rotary, attend_in_window
 from model.chance import Chance, LayerChance
 from model.config import ModelConfig
 from model.experts import SparseMoE
+from model.norm import RMSNorm
 from model.router import Routing
 
 AttendIn = Callable[[int], Attend]
@@ -26,9 +27,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = Attention(config)
-        self.moe_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.moe_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.moe = SparseMoE(
             config.hidden_size,
             config.num_experts,
@@ -63,7 +64,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = cast("Sequence[Layer]", nn.ModuleList(Layer(config) for _ in range(config.num_layers)))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property

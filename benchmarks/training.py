@@ -1,0 +1,230 @@
+"""``python -m benchmarks.training``: how fast a model trains, and how much of that is the price of being sparse.
+
+A step is forward, backward and optimizer on random tokens, without the balance losses, which multiply no matrices.
+Everything takes its turn in every round, and ratios are of one round: a machine that slows down slows both sides.
+Prints a table for people and one JSON line for machines, which is also kept in benchmarks/results/.
+
+Letters: N tokens, T context_length, C channels, V vocabulary, L layers, E experts, K experts per token, F expert size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.__main__ import RESULTS, clocks, cores_of_others, machine
+from model.config import ModelConfig
+from model.experts import Experts
+from model.router import Routing
+from model.transformer import Transformer
+from service.cpus import usable_cpus
+from training import config as configs
+from training.__main__ import MALLOC
+from training.optimizer import POLAR_EXPRESS, LearningRates, Optimizer, is_matrix
+
+VOCABULARY = 65  # tiny Shakespeare's
+Seconds = dict[str, list[float]]
+
+
+def sorted_slices(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """The back end that sorts by expert, as ``Experts.forward`` does, and multiplies slice after slice. -> (N, C)"""
+    order = routing.expert_ids.flatten().argsort(stable=True)
+    counts = torch.bincount(routing.expert_ids.flatten(), minlength=experts.num_experts).tolist()
+    outputs = []
+    for expert, rows in enumerate(x[order // routing.expert_ids.shape[1]].split(counts)):
+        gate, up = F.linear(rows, experts.gate_up[expert].flatten(0, 1)).chunk(2, dim=-1)
+        outputs.append(F.linear(F.silu(gate) * up, experts.down[expert]))
+    per_choice = torch.cat(outputs)[order.argsort()].unflatten(0, (len(x), -1))  # (N, K, C)
+    combined: Tensor = (per_choice * routing.expert_weights.unsqueeze(-1)).sum(dim=1)
+    return combined
+
+
+BACK_ENDS: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {
+    "grouped_mm": Experts.forward,
+    "sorted_slices": sorted_slices,
+    "loop": Experts.reference,
+}
+
+
+class Subject:
+    """A model, its optimizer and one batch."""
+
+    def __init__(self, config: ModelConfig, batch_size: int) -> None:
+        torch.manual_seed(0)
+        self.model = Transformer(config)
+        for parameter in self.model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        self.optimizer = Optimizer(self.model, LearningRates())
+        self.ids = torch.randint(config.vocab_size, (batch_size, config.context_length))
+
+    def forward_backward(self, back_end: str = "grouped_mm") -> None:
+        for layer in self.model.layers:
+            layer.moe.experts.forward = partial(BACK_ENDS[back_end], layer.moe.experts)  # type: ignore[method-assign]
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        logits, _ = self.model(self.ids)
+        F.cross_entropy(logits.flatten(0, 1), self.ids.flatten()).backward()
+
+    def update(self) -> None:
+        """With the gradients of the last ``forward_backward``; a factor of 0 keeps the weights, and so the routing."""
+        self.optimizer.step(0, factor=0.0)
+
+    @property
+    def flops(self) -> int:
+        """Of the products of one step, 2 for a multiplication with its addition; gathers and norms count as nothing.
+
+        Each weight that a token meets multiplies once forward and twice backward, and so do queries with the T/2 keys
+        that a token sees on average, and their scores with values. What the kernels compute anew is not counted.
+        """
+        config = self.model.config
+        attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+        attention += config.num_heads * config.head_dim * 2 * config.context_length // 2
+        experts = config.experts_per_token * 3 * config.hidden_size * config.expert_size
+        layer = attention + experts + config.hidden_size * config.num_experts
+        per_token = config.num_layers * layer + config.hidden_size * config.vocab_size
+        named = self.model.named_parameters()
+        return 3 * 2 * self.ids.numel() * per_token + sum(_muon_flops(p.shape) for name, p in named if is_matrix(name))
+
+
+def _muon_flops(shape: torch.Size) -> int:
+    """Each iteration multiplies x x^T, its square, and the polynomial with x, for every matrix of a stack."""
+    small, large = sorted(shape[-2:])
+    return len(POLAR_EXPRESS) * shape[:-2].numel() * 2 * (2 * small * small * large + small**3)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians over the rounds, times in milliseconds."""
+    torch.set_num_threads(arguments.threads)
+    training = configs.from_preset(arguments.preset, {})
+    config = training.model_config(VOCABULARY)
+    sparse = Subject(config, training.batch_size)
+    active = config.experts_per_token * config.expert_size
+    dense = Subject(replace(config, num_experts=1, experts_per_token=1, expert_size=active), training.batch_size)
+    narrow = replace(config, num_layers=min(2, config.num_layers), expert_size=32)
+    many = {count: Subject(replace(narrow, num_experts=count), training.batch_size) for count in arguments.experts}
+    tasks: dict[str, Callable[[], object]] = {
+        "gemm": partial(torch.mm, *torch.randn(2, arguments.gemm, arguments.gemm)),
+        **{name: partial(sparse.forward_backward, name) for name in reversed(BACK_ENDS)},
+        "optimizer": sparse.update,
+        "dense": dense.forward_backward,
+        "dense_optimizer": dense.update,
+    }
+    for count, subject in many.items():
+        tasks |= {f"{count}": subject.forward_backward, f"{count}_optimizer": subject.update}
+    seconds = in_turn(tasks, arguments.rounds)
+    return {
+        "tokens_per_step": sparse.ids.numel(),
+        "step_gflop": round(sparse.flops / 1e9, 2),
+        **figures(seconds, sparse.ids.numel(), sparse.flops, 2 * arguments.gemm**3),
+        "step_ms_by_experts": {count: _ms(_steps(seconds, f"{count}", f"{count}_optimizer")) for count in many},
+    }
+
+
+def in_turn(tasks: dict[str, Callable[[], object]], rounds: int) -> Seconds:
+    """The seconds of each task in each round, after one round to warm up."""
+    seconds: Seconds = {name: [] for name in tasks}
+    for turn in range(rounds + 1):
+        for name, task in tasks.items():
+            started = time.perf_counter()
+            task()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def figures(seconds: Seconds, tokens: int, flops: int, gemm_flops: int) -> dict[str, Any]:
+    steps = _steps(seconds, "grouped_mm", "optimizer")
+    share = statistics.median(
+        flops / step * gemm / gemm_flops for step, gemm in zip(steps, seconds["gemm"], strict=True)
+    )
+    return {
+        "characters_per_second": round(tokens / statistics.median(steps), 1),
+        "step_ms": _ms(steps),
+        "gemm_gflops": round(gemm_flops / statistics.median(seconds["gemm"]) / 1e9, 1),
+        "gemm_peak_share": round(share, 4),
+        "forward_backward_ms": {name: _ms(seconds[name]) for name in (*BACK_ENDS, "dense")},
+        "over_dense": {name: _ratio(seconds[name], seconds["dense"]) for name in BACK_ENDS},
+        "optimizer_ms": {"sparse": _ms(seconds["optimizer"]), "dense": _ms(seconds["dense_optimizer"])},
+        "optimizer_share": _ratio(seconds["optimizer"], steps),
+    }
+
+
+def _steps(seconds: Seconds, *parts: str) -> list[float]:
+    return [sum(turn) for turn in zip(*(seconds[part] for part in parts), strict=True)]
+
+
+def _ms(seconds: Sequence[float]) -> float:
+    return round(statistics.median(seconds) * 1000, 2)
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 4)
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "{preset}, {threads} threads, torch {torch}: {characters_per_second:,.0f} characters/s",
+        "a step of {tokens_per_step:,} took {step_ms:,.0f} ms, {gemm_peak_share:.1%} of {gemm_gflops:,.0f} GFLOP/s",
+        "the optimizer's share of it: {optimizer_share:.1%}",
+    ]
+    text = [line.format_map(result) for line in lines]
+    for name, ms in result["forward_backward_ms"].items():
+        text.append(f"forward and backward, {name:13} {ms:9,.1f} ms, {result['over_dense'].get(name, 1):.2f} x dense")
+    text += [f"a narrow step, {count:>5} experts {ms:9,.1f} ms" for count, ms in result["step_ms_by_experts"].items()]
+    return "\n".join(text)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description="How fast a model trains.")
+    parser.add_argument("--preset", choices=configs.preset_names(), default="shakespeare")
+    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="in which everything takes its turn")
+    parser.add_argument("--experts", type=int, nargs="+", default=[16, 1024], metavar="N", help="of 32 units each")
+    parser.add_argument("--gemm", type=int, default=2048, metavar="N", help="the side of the peak's square matrices")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    arguments = parse()
+    if not MALLOC.keys() <= os.environ.keys():  # measure with what `python -m training` gives itself
+        os.execve(
+            sys.executable, [sys.executable, "-m", "benchmarks.training", *sys.argv[1:]], {**os.environ, **MALLOC}
+        )
+    start = clocks()
+    measured = measure(arguments)
+    now = datetime.now(UTC)
+    result = {
+        "date": now.isoformat(timespec="seconds"),
+        "machine": {**machine(), "cores_of_others": cores_of_others(start)},
+        "torch": torch.__version__,
+        **{name: getattr(arguments, name) for name in ("preset", "threads", "rounds")},
+        **measured,
+    }
+    line = json.dumps(result)
+    print(table(result))
+    if (others := result["machine"]["cores_of_others"]) > 0.1:
+        print(f"Do not trust this: other programs kept {others:.1f} cores busy meanwhile.")
+    arguments.results.mkdir(exist_ok=True)
+    (arguments.results / f"training-{now.date()}.json").write_text(line + "\n")
+    print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
