@@ -11,16 +11,13 @@ import pytest
 import torch
 
 from model import checkpoint
-from model.router import Routing
 from tests.checkpoints import tiny_model
 from tests.training.processes import VERSE, train, training
 from training import config as configs
 from training import corpora, runs
-from training.balance import switch_loss, z_loss
 from training.config import BadConfig
 from training.evaluate import evaluate
 from training.history import flops_per_token
-from training.initialise import initialise
 from training.optimizer import LearningRates, Muon, Optimizer, polar_factor, schedule
 from training.trainer import Trainer
 
@@ -71,6 +68,8 @@ def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(text: Path) -> N
         (["train", "--preset", "tiny", "--clip-norm", "nan"], "clip_norm is nan"),
         (["train", "--preset", "tiny", "--clip-norm=-1"], "clip_norm is -1"),
         (["train", "--preset", "tiny", "--device", "cuda"], "torch sees no GPU"),
+        (["train", "--preset", "tiny", "--activation", "tanh"], "activation is 'tanh'"),
+        (["train", "--preset", "tiny", "--load-weight", "0.1"], "router_noise gaussian"),
         (["sample", "--checkpoint", "none"], "none is no folder"),
         (["sample", "--temperature", "nan"], "--temperature is nan"),
     ],
@@ -208,24 +207,6 @@ def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(text: Path) -> 
     assert len(first) == len("The") + 60 + 1
 
 
-def routing(logits: torch.Tensor, experts_per_token: int) -> Routing:
-    chosen = logits.topk(experts_per_token, dim=-1)
-    return Routing(logits, chosen.indices, chosen.values.softmax(-1))
-
-
-def test_the_switch_loss_is_one_at_balance_and_num_experts_at_collapse() -> None:
-    balanced = torch.eye(4).repeat(5, 1) * 50  # every token is sure, and every expert has as many
-    assert switch_loss(routing(balanced, 1)).item() == pytest.approx(1)
-    collapsed = torch.tensor([[50.0, 0, 0, 0]]).repeat(20, 1)
-    assert switch_loss(routing(collapsed, 1)).item() == pytest.approx(4)
-
-
-def test_the_z_loss_is_the_squared_log_partition_function() -> None:
-    logits = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
-    expected = (torch.log(torch.tensor(2.0)) ** 2 + (1 + torch.log(torch.tensor(2.0))) ** 2) / 2
-    torch.testing.assert_close(z_loss(routing(logits, 1)), expected)
-
-
 @pytest.mark.parametrize("shape", [(3, 64, 64), (2, 96, 64), (2, 64, 96)])
 def test_the_polar_factor_is_near_orthogonal(shape: tuple[int, int, int]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -244,20 +225,6 @@ def test_the_schedule_rises_stays_and_falls_to_zero() -> None:
     assert factors[10:40] == [1.0] * 30
     assert factors[100] == 0
     assert factors == sorted(factors[:40]) + sorted(factors[40:], reverse=True)
-
-
-def test_initial_weights_depend_on_the_seed_alone_and_have_the_variance_they_claim() -> None:
-    first, second = tiny_model(), tiny_model()
-    initialise(first, 5)
-    initialise(second, 5)
-    for name, parameter in first.named_parameters():
-        assert torch.equal(parameter, second.get_parameter(name)), name
-    big = tiny_model(hidden_size=256, expert_size=256)
-    initialise(big, 5)
-    layer = big.layers[0]
-    assert layer.moe.experts.gate_up.var().item() == pytest.approx(1 / 256, rel=0.05)
-    assert layer.attention.query.weight.var().item() == pytest.approx(1 / 256, rel=0.1)
-    assert not layer.moe.experts.down.any()
 
 
 def test_flags_reach_the_model_and_the_run() -> None:

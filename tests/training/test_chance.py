@@ -1,0 +1,181 @@
+"""What is random in training: a function of (seed, step, layer, purpose, place), right on average, absent otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load as from_bytes
+
+from model import checkpoint
+from model.transformer import Transformer
+from tests.checkpoints import tiny_model
+from training import config as configs
+from training import corpora, runs
+from training.chance import ChanceOfLayer, chance_in, has_room_for, noise_weights
+from training.config import TrainingConfig
+from training.progress import Progress
+from training.trainer import Trainer
+
+CPU = torch.device("cpu")
+EVERYTHING: dict[str, Any] = {
+    "dropout": 0.2,
+    "expert_dropout": 0.3,
+    "router_noise": "gaussian",
+    "load_weight": 0.1,
+    "importance_weight": 0.1,
+    "capacity_factor": 1.25,
+}
+
+
+def at(layer: int = 0, step: int = 0, tokens: int = 1000, first_row: int = 0, **options: Any) -> ChanceOfLayer:
+    config = TrainingConfig(**options)
+    noise = noise_weights(config, tiny_model().config, CPU)
+    chance = chance_in(config, noise, step, torch.zeros(tokens // 10, 10), first_row)
+    assert chance is not None
+    return chance.layer(layer)
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
+    kept = at(dropout=0.25).drop_update(torch.ones(100, 10, 64), "moe")
+    assert (kept == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
+
+
+def test_jitter_is_uniform_around_one_and_on_the_routers_input_alone() -> None:
+    chance = at(router_noise="jitter", jitter=0.1)
+    factors = chance.jitter(torch.ones(1000, 64))
+    assert 0.9 <= factors.min() < 0.901
+    assert 1.099 < factors.max() <= 1.1
+    assert factors.var().item() == pytest.approx(0.2**2 / 12, rel=0.02)
+    assert chance.drop_update(factors, "moe") is factors
+
+
+def test_noise_is_normal_with_the_learned_deviation() -> None:
+    chance = at(router_noise="gaussian")
+    weight = chance.of.noise["layers.0.moe.router.noise"]
+    assert (chance.router_noise(torch.ones(1000, 32)).std == torch.log(torch.tensor(2.0))).all()  # type: ignore[union-attr]
+    with torch.no_grad():
+        weight[1] = 0.1
+    noise = chance.router_noise(torch.ones(1000, 32))
+    assert noise is not None
+    assert noise.std[0, 1].item() == pytest.approx(torch.nn.functional.softplus(torch.tensor(3.2)).item())
+    standard = noise.added / noise.std
+    assert standard.std().item() == pytest.approx(1, abs=0.05)
+    assert standard.mean().item() == pytest.approx(0, abs=0.05)
+
+
+def test_numbers_differ_by_seed_step_layer_and_purpose_and_by_nothing_else() -> None:
+    ones = torch.ones(100, 10, 8)
+    first = at(dropout=0.5).drop_update(ones, "moe")
+    torch.manual_seed(7)
+    assert torch.equal(at(dropout=0.5).drop_update(ones, "moe"), first)
+    for other in (at(layer=1, dropout=0.5), at(step=1, dropout=0.5), at(dropout=0.5, seed=2)):
+        assert 0.45 < (other.drop_update(ones, "moe") == first).float().mean() < 0.55
+    assert not torch.equal(at(dropout=0.5).drop_update(ones, "attention"), first)
+    second_half = at(tokens=500, first_row=50, dropout=0.5).drop_update(ones[50:], "moe")
+    assert torch.equal(second_half, first[50:]), "who has which rows of the batch does not matter"
+
+
+@pytest.mark.parametrize("options", [EVERYTHING, {"router_noise": "jitter", "jitter": 0.1, "expert_dropout": 0.5}])
+def test_half_a_batch_is_computed_as_in_the_whole(options: dict[str, Any]) -> None:
+    """Through the whole model, so that expert dropout follows its tokens through the sorted layout."""
+    config, model = TrainingConfig(**options), tiny_model(num_groups=2, groups_per_token=2)
+    noise = noise_weights(config, model.config, CPU)
+    ids = torch.randint(65, (6, 16), generator=torch.Generator().manual_seed(0))
+    whole, _ = model(ids, chance=chance_in(config, noise, 3, ids))
+    half, _ = model(ids[4:], chance=chance_in(config, noise, 3, ids[4:], first_row=4))
+    torch.testing.assert_close(half, whole[4:])
+    assert (whole - model(ids)[0]).abs().max() > 0.1
+
+
+def test_without_any_of_it_there_is_no_chance() -> None:
+    assert chance_in(TrainingConfig(), {}, 0, torch.zeros(2, 3)) is None
+
+
+def test_capacity_drops_nothing_at_perfect_balance_and_the_latest_otherwise() -> None:
+    balanced = torch.arange(4).repeat(6)[:, None]  # three sequences of 8 tokens, two for each of 4 experts
+    assert has_room_for(balanced, 4, length=8, factor=1.0).all()
+    crowded = torch.tensor([0, 0, 0, 1, 0, 2, 3, 0, 0, 1, 0, 0, 2, 2, 2, 3])[:, None]
+    room = has_room_for(crowded, 4, length=8, factor=1.0)[:, 0]  # two of a sequence for each
+    assert (~room).nonzero()[:, 0].tolist() == [2, 4, 7, 11, 14]
+    both = torch.tensor([[0, 1], [0, 1], [1, 0], [2, 0]])  # of a token's two choices either may be dropped
+    assert has_room_for(both, 4, length=4, factor=1.0).tolist() == [[True, True]] * 2 + [[False, False], [True, False]]
+
+
+def test_capacity_is_never_zero_and_rounds_up() -> None:
+    assert has_room_for(torch.tensor([[3], [9]]), 1024, length=2, factor=1e-3).all()
+    assert has_room_for(torch.zeros(4, 1, dtype=torch.int64), 3, length=4, factor=1.0).sum() == 2
+
+
+def test_a_dropped_token_passes_by_its_expert_and_the_routing_says_what_was_wanted() -> None:
+    model = tiny_model(experts_per_token=1)
+    chance = chance_in(TrainingConfig(capacity_factor=0.01), {}, 0, torch.zeros(1, 20))
+    assert chance is not None
+    x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0))
+    y, routing = model.layers[0].moe(x, chance=chance.layer(0))
+    usual, wanted = model.layers[0].moe(x)
+    first = torch.tensor(
+        [bool((wanted.expert_ids[:place] != chosen).all()) for place, chosen in enumerate(wanted.expert_ids)]
+    )
+    torch.testing.assert_close(y[0, first], usual[0, first])
+    assert not y[0, ~first].any()
+    assert torch.equal(routing.expert_weights, wanted.expert_weights)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "verse.txt").write_text("The quick brown fox jumps over the lazy dog, and he sleeps on.\n" * 200)
+    return tmp_path / "verse.txt"
+
+
+def test_noise_weights_learn_are_resumed_exactly_and_are_never_served(text: Path) -> None:
+    config = configs.from_preset("tiny", {**EVERYTHING, "steps": 6})
+    corpus = corpora.from_file(text)
+
+    def steps(trainer: Trainer, count: int) -> float:
+        for _ in range(count):
+            loss = trainer.train_step(trainer.history.step)
+            trainer.history.step += 1
+        return loss
+
+    whole = Trainer(config, corpus, text.parent / "whole", CPU)
+    steps(whole, 6)
+    broken = Trainer(config, corpus, text.parent / "broken", CPU)
+    loss = steps(broken, 3)
+    with Progress(6, 1, 0) as progress:
+        folder = broken.evaluate_and_save(loss, progress)
+    resumed = Trainer.resume(config, corpus, text.parent / "broken", CPU)
+    steps(resumed, 3)
+    assert whole.noise
+    for name, weight in whole.noise.items():
+        assert weight.any()
+        assert torch.equal(weight, resumed.noise[name]), name
+    _assert_equal(whole.model, resumed.model)
+    assert any("noise" in name for name in runs.read_state(folder))
+    assert not any("noise" in name for name in from_bytes((folder / checkpoint.WEIGHTS).read_bytes()))
+
+
+def _assert_equal(first: Transformer, second: Transformer) -> None:
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"expert_dropout": float("nan")}, "expert_dropout is nan"),
+        ({"router_noise": "loud"}, "none, gaussian, jitter"),
+        ({"jitter": -0.1}, "jitter is -0.1"),
+        ({"capacity_factor": -1.0}, "capacity_factor is -1"),
+        ({"load_weight": 0.1}, "router_noise gaussian"),
+        ({"init": "zeros"}, "init is 'zeros'"),
+        ({"activation": "tanh"}, "activation is 'tanh'"),
+    ],
+)
+def test_what_cannot_be_is_refused_early(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(configs.BadConfig, match=message):
+        configs.from_preset("tiny", values)
