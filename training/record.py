@@ -65,13 +65,13 @@ def sample(model: Transformer, tokenizer: Tokenizer, length: int = 200) -> str:
 
 
 def card(name: str, config: ModelConfig, facts: dict[str, Any], text: str) -> str:
-    """A short model card in Markdown."""
-    passed = "\n".join(
-        f"- below {milestone} nats per token by step {at['step']:,}, "
-        f"after {at['tokens']:,} tokens and {at['seconds'] / 60:.1f} minutes"
-        for milestone, at in facts["milestones"].items()
-    )
-    minutes = facts["seconds"] / 60
+    """A short model card in Markdown; ``python -m training report`` writes the long one."""
+    sample = f"## A sample, temperature 0.8\n\n```\n{text.strip()}\n```\n"
+    return "\n\n".join((introduction(name, config), training_section(config, facts), sample))
+
+
+def introduction(name: str, config: ModelConfig) -> str:
+    """What the model is, and its shape."""
     return f"""# {name}
 
 A sparse mixture-of-experts language model that writes one character at a time. It continues text in the manner of its
@@ -81,9 +81,18 @@ corpus; it is no assistant, knows no facts and follows no instructions.
 - {config.num_layers} layers of width {config.hidden_size}
 - {config.num_heads} query heads of {config.head_dim} that share {config.num_kv_heads} heads for keys and values
 - {config.num_experts} experts of width {config.expert_size} in every layer, {config.experts_per_token} for each token
-- attention over the last {config.context_length} positions; {config.vocab_size} tokens
+- attention over the last {config.context_length} positions; {config.vocab_size} tokens"""
 
-## Training
+
+def training_section(config: ModelConfig, facts: dict[str, Any]) -> str:
+    """What the run cost and reached."""
+    passed = "\n".join(
+        f"- below {milestone} nats per token by step {at['step']:,}, "
+        f"after {at['tokens']:,} tokens and {at['seconds'] / 60:.1f} minutes"
+        for milestone, at in facts["milestones"].items()
+    )
+    minutes = facts["seconds"] / 60
+    return f"""## Training
 
 - corpus `{facts["corpus"]["name"]}`; {facts["steps"]:,} steps, {facts["tokens"]:,} tokens, {minutes:.0f} minutes
 - validation loss **{facts["validation_loss"]:.4f}** nats per token over {facts["validation_windows"]} exact windows of
@@ -93,14 +102,7 @@ corpus; it is no assistant, knows no facts and follows no instructions.
 - the busiest expert of the worst balanced layer takes {facts["max_load"]:.2f} times the mean load
 
 `training.json` has the whole record: settings, loss curve, digests of the corpus, and each expert's share of the work
-on the validation text.
-
-## A sample, temperature 0.8
-
-```
-{text.strip()}
-```
-"""
+on the validation text."""
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -1,0 +1,156 @@
+"""What the experts do: how much each works, what it likes, and what its absence costs. Reads a model, changes nothing.
+
+Letters: W windows, T context_length, L layers, E experts, K experts per token, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.routing import load_entropy_ratio, max_load_ratio
+from model.transformer import Transformer
+
+WINDOWS_AT_ONCE = 24
+
+CLASSES = ("newline", "space", "upper case", "vowel", "consonant", "digit", "punctuation", "other")
+_VOWELS = frozenset("aeiou")
+
+
+def class_of(token: str) -> str:
+    """The class of a token's first character that is no space; of a space or line end if it holds nothing else."""
+    if not token.strip():
+        return "newline" if "\n" in token else "space" if token else "other"
+    first = token.lstrip()[0]
+    if first.isupper():
+        return "upper case"
+    if first.islower():
+        return "vowel" if first in _VOWELS else "consonant"
+    if first.isdigit():
+        return "digit"
+    return "punctuation" if first.isascii() else "other"
+
+
+def spread_windows(ids: Tensor, length: int, most: int) -> tuple[Tensor, Tensor]:
+    """At most ``most`` exact windows, spread evenly over a text: inputs and targets (W, T)."""
+    available = (len(ids) - 1) // length
+    chosen = torch.linspace(0, available - 1, min(most, available), device=ids.device).round().long()
+    rows = chosen[:, None] * length + torch.arange(length + 1, device=ids.device)
+    return ids[rows[:, :-1]], ids[rows[:, 1:]]
+
+
+@torch.inference_mode()
+def count_choices(model: Transformer, inputs: Tensor) -> Tensor:
+    """How often each expert took each token of the vocabulary: inputs (W, T) -> (L, E, V) int64.
+
+    Summed over V it is the load; every layer sums to K times the tokens.
+    """
+    config = model.config
+    shape = (config.num_layers, config.num_experts, config.vocab_size)
+    counts = torch.zeros(shape, dtype=torch.int64, device=inputs.device)
+    for x in inputs.split(WINDOWS_AT_ONCE):
+        for layer, routing in enumerate(model(x)[1]):
+            cells = routing.expert_ids * config.vocab_size + x.flatten()[:, None]  # (W * T, K)
+            counts[layer] += torch.bincount(cells.flatten(), minlength=shape[1] * shape[2]).view(shape[1:])
+    return counts
+
+
+def by_class(counts: Tensor, tokens: Sequence[str]) -> Tensor:
+    """(L, E, V) -> (L, E, C)"""
+    index = torch.tensor([CLASSES.index(class_of(token)) for token in tokens], device=counts.device)
+    return counts.new_zeros(*counts.shape[:2], len(CLASSES)).index_add_(2, index, counts)
+
+
+def lift(counts: Tensor) -> Tensor:
+    """Observed over expected choices, 1 without preference: (L, E, X) -> (L, E, X), NaN where X or E is unseen.
+
+    Expected is what the expert's load and the column's frequency give when they are independent.
+    """
+    counts = counts.double()
+    total = counts.sum((1, 2), keepdim=True)
+    return counts * total / (counts.sum(1, keepdim=True) * counts.sum(2, keepdim=True))
+
+
+def favourites(
+    counts: Tensor, tokens: Sequence[str], experts_per_token: int, most: int = 5
+) -> list[list[list[dict[str, Any]]]]:
+    """What each expert took most of beyond its share: [layer][expert] -> up to ``most`` of {token, lift, taken}.
+
+    ``taken`` is the share of the token's occurrences that the expert had a part in. They are ranked by the number of
+    choices above the expected one, not by lift: the lift of a rarity is luck.
+    """
+    ratio = lift(counts).nan_to_num(1.0)
+    taken = counts / (counts.sum(1, keepdim=True) / experts_per_token)
+    best = (counts * (1 - 1 / ratio.clamp(min=1e-9))).topk(min(most, len(tokens)), dim=-1)
+
+    def of_expert(layer: int, expert: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "token": tokens[token],
+                "lift": round(float(ratio[layer, expert, token]), 2),
+                "taken": round(float(taken[layer, expert, token]), 3),
+            }
+            for token, beyond in zip(best.indices[layer, expert].tolist(), best.values[layer, expert], strict=True)
+            if beyond > 0
+        ]
+
+    return [[of_expert(layer, expert) for expert in range(counts.shape[1])] for layer in range(len(counts))]
+
+
+def load(counts: Tensor) -> list[dict[str, Any]]:
+    """Per layer: each expert's share, the busiest over the mean, the entropy over that of balance, how many idle."""
+    work = counts.sum(-1)  # (L, E)
+    shares, ratios, entropies = work / work.sum(-1, keepdim=True), max_load_ratio(work), load_entropy_ratio(work)
+    return [
+        {
+            "shares": [round(share, 5) for share in shares[layer].tolist()],
+            "max_load_ratio": round(float(ratios[layer]), 4),
+            "entropy_ratio": round(float(entropies[layer]), 5),
+            "idle": int((work[layer] == 0).sum()),
+        }
+        for layer in range(len(work))
+    ]
+
+
+@dataclass(frozen=True)
+class CausalMap:
+    """What silencing each expert costs on the same windows: nats per token and its standard error, (L, E)."""
+
+    baseline: float
+    num_windows: int
+    cost: Tensor
+    error: Tensor
+
+
+def causal_map(model: Transformer, inputs: Tensor, targets: Tensor) -> CausalMap:
+    """Loss with each expert silenced, minus without, on windows (W, T). Its tokens go to their next choice.
+
+    The difference is taken window by window, so that what makes a window hard cancels; the error is that of the mean.
+    """
+    config = model.config
+    baseline = window_losses(model, inputs, targets)
+    cost = torch.zeros(config.num_layers, config.num_experts, dtype=torch.float64)
+    error = torch.zeros_like(cost)
+    for layer in range(config.num_layers):
+        for expert in range(config.num_experts):
+            disabled = torch.zeros(1, *cost.shape, dtype=torch.bool, device=inputs.device)
+            disabled[0, layer, expert] = True
+            difference = window_losses(model, inputs, targets, disabled) - baseline
+            cost[layer, expert] = difference.mean()
+            error[layer, expert] = difference.std() / len(inputs) ** 0.5 if len(inputs) > 1 else torch.nan
+    return CausalMap(float(baseline.mean()), len(inputs), cost, error)
+
+
+@torch.inference_mode()
+def window_losses(model: Transformer, inputs: Tensor, targets: Tensor, disabled: Tensor | None = None) -> Tensor:
+    """Nats per token of each window: (W, T) -> (W), float64 on the CPU."""
+    losses = []
+    for x, y in zip(inputs.split(WINDOWS_AT_ONCE), targets.split(WINDOWS_AT_ONCE), strict=True):
+        logits, _ = model(x, disabled)
+        losses.append(F.cross_entropy(logits.transpose(1, 2), y, reduction="none").double().mean(1).cpu())
+    return torch.cat(losses)
