@@ -37,8 +37,7 @@ def pid_of_rank(torchrun: subprocess.Popen[str], rank: int) -> int:
 
 
 def test_two_ranks_give_one_ranks_loss_and_one_resumes_what_two_began(text: Path, evidence: Evidence) -> None:
-    """The balance weight is large, so that statistics of half a batch would show."""
-    arguments = ("--steps", 100, "--evaluate-every", 50, "--balance-weight", 1)
+    arguments = ("--steps", 100, "--evaluate-every", 50)
     train(text, "one", *arguments)
     output = train(text, "two", *arguments, ranks=2)
     assert output.count("serve it") == 1
@@ -50,6 +49,14 @@ def test_two_ranks_give_one_ranks_loss_and_one_resumes_what_two_began(text: Path
     shutil.rmtree(text.parent / "runs" / "two" / "step-100")
     train(text, "two", *arguments, "--resume")
     assert losses(text.parent / "runs" / "two") == pytest.approx(one, abs=1e-4)
+
+
+def test_balance_is_that_of_the_global_batch(text: Path) -> None:
+    """By a weight that makes statistics of half a batch show within a few steps."""
+    arguments = ("--steps", 10, "--balance-weight", 3)
+    train(text, "one", *arguments)
+    train(text, "two", *arguments, ranks=2)
+    assert losses(text.parent / "runs" / "two") == pytest.approx(losses(text.parent / "runs" / "one"), abs=3e-5)
 
 
 def test_a_signal_ends_all_ranks_in_the_same_step(text: Path) -> None:
