@@ -1,58 +1,47 @@
 """What training adds to the loss so that experts share the work.
 
-Statistics are of the whole batch: where several processes share it, ``over_ranks`` sums a process's part over all of
-them, differentiably.
+Each is a function of one layer's routing of the whole batch: where several processes share it, their routings are
+gathered first.
 
 Letters: N tokens, E experts, K experts per token, G groups of S = E / G experts, J groups per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from model.router import Routing
 
-OverRanks = Callable[[Tensor], Tensor]
-"""A process's part of a sum -> the sum"""
 
-
-def alone(part: Tensor) -> Tensor:
-    """One process has the whole batch."""
-    return part
-
-
-def switch_loss(routing: Routing, over_ranks: OverRanks = alone) -> Tensor:
+def switch_loss(routing: Routing) -> Tensor:
     """E x sum over experts of (share of assignments) x (mean probability); 1 at balance, E at collapse.
 
     Switch Transformer (Fedus et al. 2021), eq. 4-6, with the share over all K choices. Gradient flows through the
     probabilities alone. logits (N, E) -> scalar.
     """
     num_experts = routing.logits.shape[-1]
-    chosen = over_ranks(torch.bincount(routing.expert_ids.flatten(), minlength=num_experts))
+    chosen = torch.bincount(routing.expert_ids.flatten(), minlength=num_experts)
     share = chosen / chosen.sum()
     return num_experts * (share * routing.logits.softmax(dim=-1).mean(dim=0)).sum()
 
 
-def z_loss(routing: Routing, over_ranks: OverRanks = alone) -> Tensor:
+def z_loss(routing: Routing) -> Tensor:
     """Mean squared log of the router's partition function, which keeps its logits small.
 
-    ST-MoE (Zoph et al. 2022), eq. 5; a mean over tokens, so that nothing needs a sum over ranks. With groups it keeps
-    those of the first level small. logits (N, E) -> scalar.
+    ST-MoE (Zoph et al. 2022), eq. 5. With groups it keeps those of the first level small. logits (N, E) -> scalar.
     """
     return routing.logits.logsumexp(dim=-1).square().mean()
 
 
-def importance_loss(routing: Routing, over_ranks: OverRanks = alone) -> Tensor:
+def importance_loss(routing: Routing) -> Tensor:
     """Squared coefficient of variation of the gate mass per expert (Shazeer et al. 2017, eq. 6-7) -> scalar."""
-    return squared_variation(over_ranks(importance(routing)))
+    return squared_variation(importance(routing))
 
 
-def load_loss(routing: Routing, over_ranks: OverRanks = alone) -> Tensor:
+def load_loss(routing: Routing) -> Tensor:
     """Squared coefficient of variation of the expected load per expert (Shazeer et al. 2017, eq. 10-11) -> scalar."""
-    return squared_variation(_load(routing, over_ranks))
+    return squared_variation(load(routing))
 
 
 def importance(routing: Routing) -> Tensor:
@@ -66,16 +55,12 @@ def load(routing: Routing) -> Tensor:
     The sum of P(x, i) over tokens (Shazeer et al. 2017, appendix A); on two levels the load of the group times the mean
     probability among the tokens that came to it (appendix B).
     """
-    return _load(routing, alone)
-
-
-def _load(routing: Routing, over_ranks: OverRanks) -> Tensor:
     noise, num_experts = routing.noise, routing.logits.shape[-1]
     assert noise is not None, "load is a probability over noise"
     added, std = noise.added[:, :num_experts], noise.std[:, :num_experts]
     if routing.group_logits is None or routing.group_ids is None:
         chosen = chance_of_choice(routing.logits, added, std, routing.expert_ids.shape[-1])
-        return over_ranks(chosen.sum(dim=0))
+        return chosen.sum(dim=0)
     num_groups, num_chosen = routing.group_logits.shape[-1], routing.group_ids.shape[-1]
     groups = chance_of_choice(
         routing.group_logits, noise.added[:, num_experts:], noise.std[:, num_experts:], num_chosen
@@ -84,8 +69,8 @@ def _load(routing: Routing, over_ranks: OverRanks) -> Tensor:
     share = routing.expert_ids.shape[-1] // num_chosen
     experts = chance_of_choice(logits, added, std, share)  # (N, G, S)
     came = torch.zeros_like(routing.group_logits).scatter(-1, routing.group_ids, 1.0)  # (N, G)
-    inside = over_ranks((experts * came.unsqueeze(-1)).sum(dim=0)) / over_ranks(came.sum(dim=0)).clamp_min(1)[:, None]
-    return (over_ranks(groups.sum(dim=0)).unsqueeze(-1) * inside).flatten()
+    inside = (experts * came.unsqueeze(-1)).sum(dim=0) / came.sum(dim=0).clamp_min(1)[:, None]
+    return (groups.sum(dim=0).unsqueeze(-1) * inside).flatten()
 
 
 def chance_of_choice(noisy: Tensor, added: Tensor, std: Tensor, k: int) -> Tensor:

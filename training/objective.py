@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.router import Routing
-from training.balance import OverRanks, alone, importance_loss, load_loss, switch_loss, z_loss
+from training.balance import importance_loss, load_loss, switch_loss, z_loss
 from training.config import TrainingConfig
 
 TERMS = {
@@ -28,16 +28,15 @@ def objective(
     targets: Tensor,
     routings: Sequence[Routing],
     config: TrainingConfig,
-    over_ranks: OverRanks = alone,
 ) -> tuple[Tensor, Tensor]:
     """The loss to descend, and its cross entropy in nats per token: logits (B, T, V), targets (B, T) -> two scalars.
 
-    Where processes share the batch, the mean of their losses has the gradient of the whole batch's loss.
+    Where processes share the batch, logits and targets are this one's and the routings are everybody's.
     """
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss = cross_entropy
     for name, term in TERMS.items():
         if weight := getattr(config, name):
             # Summed over the layers, not averaged: averaging lets the last layer drift out of balance.
-            loss = loss + weight * torch.stack([term(routing, over_ranks) for routing in routings]).sum()
+            loss = loss + weight * torch.stack([term(routing) for routing in routings]).sum()
     return loss, cross_entropy

@@ -139,19 +139,3 @@ def test_load_on_two_levels_is_the_groups_load_times_the_mean_chance_of_those_wh
         came = (groups.topk(2).indices == group).any(-1)
         inside = chance_of_choice(experts[came, of_group], noise.added[came, of_group], std[came, of_group], 1)
         torch.testing.assert_close(found[of_group], group_chance[:, group].sum() * inside.mean(0))
-
-
-def test_statistics_over_two_halves_are_those_of_the_whole() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, weight, noise_weight, drawn = (
-        torch.randn(shape, generator=generator) for shape in ((20, 6), (5, 6), (5, 6), (20, 5))
-    )
-    whole = noisy_routing(x, weight, noise_weight, drawn, 2)
-    halves = [noisy_routing(x[rows], weight, noise_weight, drawn[rows], 2) for rows in (slice(10), slice(10, 20))]
-    for term, statistic in ((importance_loss, importance), (load_loss, load)):
-        total = sum(statistic(half) for half in halves)
-        assert isinstance(total, Tensor)
-        torch.testing.assert_close(term(halves[0], lambda part, total=total: total), term(whole))
-    counts = whole.expert_ids.flatten().bincount(minlength=5)
-    shares = [switch_loss(half, lambda part: counts) for half in halves]
-    torch.testing.assert_close(torch.stack(shares).mean(), switch_loss(whole))
