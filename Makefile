@@ -7,10 +7,10 @@ CODE := $(wildcard service model training benchmarks tests)
 given = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
 
 .NOTPARALLEL:
-.PHONY: help serve test train lint bench prove no-python
+.PHONY: help serve test train lint bench bench-interop prove no-python
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  ARGS='...' is handed to the program behind a command, PYTHON=/path/to/python3.12 makes .venv with that Python,"
 	@echo "  TORCH=cpu installs the small PyTorch without CUDA (Linux; heeded when PyTorch is first installed)."
@@ -35,6 +35,9 @@ lint: .venv/lint.stamp ## ruff, mypy, the import direction, Dockerfile and docke
 bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
 	@$(PY) -m benchmarks $(ARGS)
 	@$(PY) -m benchmarks.training
+
+bench-interop: .venv/train.stamp ## compare greedy text with llama.cpp, which is installed for it (ARGS='--peers vllm')
+	@exec $(PY) -m benchmarks.interop $(ARGS)
 
 # A run of a part (ARGS='-k kill') shows its scoreboard and leaves the written record alone.
 prove: .venv/test.stamp ## every claim at full size, on a scoreboard and in docs/evidence.md
