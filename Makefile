@@ -7,10 +7,10 @@ CODE := $(wildcard service model training benchmarks tests)
 given = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
 
 .NOTPARALLEL:
-.PHONY: help serve test train lint bench prove no-python
+.PHONY: help serve test train lint bench prove evidence no-python
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  ARGS='...' is handed to the program behind a command, PYTHON=/path/to/python3.12 makes .venv with that Python,"
 	@echo "  TORCH=cpu installs the small PyTorch without CUDA (Linux; heeded when PyTorch is first installed)."
@@ -38,6 +38,9 @@ bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
 # A run of a part (ARGS='-k kill') shows its scoreboard and leaves the written record alone.
 prove: .venv/test.stamp ## every claim at full size, on a scoreboard and in docs/evidence.md
 	@exec $(PY) -m pytest -q -o console_output_style=classic -o faulthandler_timeout=1800 --prove $(or $(ARGS),--evidence=docs/evidence.md)
+
+evidence: .venv/train.stamp ## write the report of the shipped checkpoint anew: card, pictures, report.json
+	@exec $(PY) -m training report $(ARGS)
 
 .venv/serve.stamp: NEEDS := run
 .venv/train.stamp: NEEDS := run train

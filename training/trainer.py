@@ -31,6 +31,7 @@ from training.evaluate import Evaluation, evaluate
 from training.initialise import initialise
 from training.optimizer import LearningRates, Optimizer, schedule
 from training.progress import Progress
+from training.report.experts import chosen_by_class
 
 # makeMoE's best and nanoGPT's GPU configuration, both on tiny Shakespeare: a run notes when it passes them.
 MILESTONES = (1.7439, 1.4697)
@@ -131,6 +132,9 @@ class Trainer:
         result = evaluate(rounded, self.validation_ids)
         _require_finite(result.loss, self.history.step)
         self._remember(train_loss, result)
+        chosen = chosen_by_class(rounded, self.validation_ids, self.tokenizer.tokens)
+        if chosen is not None:
+            runs.append_metrics(self.run, step=self.history.step, chosen_by_class=chosen)
         sample = record.sample(rounded, self.tokenizer)
         progress.evaluation(self.history.step, result, sample)
         serving = record.serving_files(rounded, self.tokenizer, self._facts(result))

@@ -158,7 +158,15 @@ def _label_experts(axes: Axes, values: list[list[float]], form: str, dark_below:
     for layer, row in enumerate(values):
         for expert, value in enumerate(row):
             color = "white" if value < dark_below else "black"
-            axes.text(expert, layer, form.format(value), ha="center", va="center", fontsize=8, color=color)
+            axes.text(
+                expert,
+                layer,
+                form.format(value).replace("-0.000", "0.000"),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=color,
+            )
 
 
 def _size(values: list[list[float]]) -> tuple[float, float]:
