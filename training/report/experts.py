@@ -117,7 +117,7 @@ def favourites(
 
 
 def load(work: Tensor) -> list[dict[str, Any]]:
-    """Of choices or shares (L, E), per layer: shares, the busiest over the mean, the entropy over balance's, idle ones."""
+    """Of choices or shares (L, E), per layer: shares, busiest over mean, entropy over that of balance, idle ones."""
     shares, ratios, entropies = work / work.sum(-1, keepdim=True), max_load_ratio(work), load_entropy_ratio(work)
     return [
         {
