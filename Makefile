@@ -7,7 +7,7 @@ CODE := $(wildcard service model training benchmarks tests)
 given = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
 
 .NOTPARALLEL:
-.PHONY: help serve test train lint bench bench-interop prove no-python
+.PHONY: help serve test train lint bench bench-interop prove evidence no-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ bench-interop: .venv/train.stamp ## compare greedy text with llama.cpp, which is
 # A run of a part (ARGS='-k kill') shows its scoreboard and leaves the written record alone.
 prove: .venv/test.stamp ## every claim at full size, on a scoreboard and in docs/evidence.md
 	@exec $(PY) -m pytest -q -o console_output_style=classic -o faulthandler_timeout=1800 --prove $(or $(ARGS),--evidence=docs/evidence.md)
+
+evidence: .venv/train.stamp ## write the report of the shipped checkpoint anew: card, pictures, report.json
+	@exec $(PY) -m training report $(ARGS)
 
 .venv/serve.stamp: NEEDS := run
 .venv/train.stamp: NEEDS := run train

@@ -1,4 +1,4 @@
-"""``python -m training train | evaluate | sample | export``"""
+"""``python -m training train | evaluate | sample | report | export``"""
 
 from __future__ import annotations
 
@@ -67,6 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--top-k", type=int, default=0)
     sample.add_argument("--top-p", type=float, default=1.0)
     sample.add_argument("--seed", type=int, default=None)
+
+    report = commands.add_parser("report", help="write a checkpoint's evidence: model card, pictures, report.json")
+    report.set_defaults(command=_report)
+    _add_checkpoint(report)
+    report.add_argument("--corpus", help="what it was trained on (default: what its record names)")
+    report.add_argument("--data", type=Path, help="the text file that it was trained on, if it was a file")
+    report.add_argument("--run", type=Path, help="runs/NAME, for the animation of experts specialising")
+    report.add_argument("--control", type=Path, metavar="FOLDER", help="a dense checkpoint to stand beside it")
+    report.add_argument("--output", type=Path, help="where to write (default: into the checkpoint's folder)")
+    report.add_argument("--windows", type=int, default=24, help="of the validation text, for the experts' maps")
 
     export = commands.add_parser("export", help="copy what serving needs of a run's checkpoint into a new folder")
     export.set_defaults(command=_export)
@@ -174,6 +184,19 @@ def _sample(arguments: argparse.Namespace) -> None:
     ):
         print(loaded.tokenizer.decode([token_id]), end="", flush=True)
     print()
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from model import checkpoint
+    from training.report.write import write
+
+    if arguments.windows < 1:
+        raise configs.BadConfig(f"--windows is {arguments.windows}; it must be at least 1")
+    loaded = checkpoint.load(arguments.checkpoint, _device(arguments.device))
+    corpus = _corpus(arguments.data, arguments.corpus or loaded.training["corpus"]["name"])
+    output = arguments.output or arguments.checkpoint
+    write(loaded, corpus, output, windows=arguments.windows, run=arguments.run, control=arguments.control)
+    print(f"read it:  {output / 'README.md'}")
 
 
 def _require_sampling(arguments: argparse.Namespace) -> None:

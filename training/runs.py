@@ -96,11 +96,11 @@ def require_writable(run: Path) -> None:
 
 
 def export(source: Path, target: Path) -> None:
-    """Copy what serving reads, and the model card, into a new checkpoint folder. Raises CheckpointError."""
+    """Copy what serving reads, and the model card with its pictures, into a new folder. Raises CheckpointError."""
     manifest = checkpoint.load(source).manifest  # whole is not enough: what cannot be loaded is not worth copying
     served = {name: (source / name).read_bytes() for name in manifest.files if name != RESUME}
-    card = source / "README.md"
-    checkpoint.save(target, served, unlisted={"README.md": card.read_bytes()} if card.exists() else {})
+    report = [source / "README.md", source / "report.json", *source.glob("*.png"), *source.glob("*.gif")]
+    checkpoint.save(target, served, unlisted={path.name: path.read_bytes() for path in report if path.is_file()})
 
 
 def _steps(run: Path) -> list[Path]:

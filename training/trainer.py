@@ -34,6 +34,7 @@ from training.objective import objective
 from training.optimizer import LearningRates, Optimizer, schedule
 from training.parallel import ALONE, Ranks
 from training.progress import Progress
+from training.report.experts import chosen_by_class
 
 
 class Trainer:
@@ -146,6 +147,9 @@ class Trainer:
         if rounded is None or result is None:
             return runs.step_folder(self.run, self.history.step)
         point = self.history.remember(figures.loss, result.loss, self.tokens, self.flops)
+        chosen = chosen_by_class(rounded, self.validation_ids, self.tokenizer.tokens)
+        if chosen is not None:
+            runs.append_metrics(self.run, step=self.history.step, chosen_by_class=chosen)
         sample = record.sample(rounded, self.tokenizer)
         watchers.evaluation(point, figures, result, sample)
         return self._save(rounded, result, sample)

@@ -87,6 +87,8 @@ def _load(report: dict[str, Any]) -> str:
         [
             "## The experts' load",
             "",
+            "On the whole validation text.",
+            "",
             "| layer | busiest expert, times the mean | entropy, 1 at balance | idle |",
             "|---|---|---|---|",
             *lines,
@@ -103,8 +105,8 @@ def _likes(report: dict[str, Any]) -> str:
         [
             "## What each expert likes",
             "",
-            f"From {report['tokens_counted']:,} tokens of the validation text: how often an expert is chosen for a class",
-            "of characters, over what its load alone would give.",
+            f"From {report['tokens_counted']:,} tokens of the validation text: how often an expert is chosen for a",
+            "class of characters, over what its load alone would give.",
             "",
             "![experts and classes of characters](classes.png)",
             "",
@@ -132,7 +134,9 @@ def _favourites(layers: list[list[list[dict[str, Any]]]]) -> list[str]:
 
 def _spelled(likes: list[dict[str, Any]]) -> str:
     names = {"\n": "line end", " ": "space", "|": "bar", "`": "backtick"}
-    return ", ".join(f"{names.get(like['token']) or '`' + like['token'] + '`'} {like['taken']:.0%}" for like in likes[:3])
+    return ", ".join(
+        f"{names.get(like['token']) or '`' + like['token'] + '`'} {like['taken']:.0%}" for like in likes[:3]
+    )
 
 
 def _causal(report: dict[str, Any]) -> str:

@@ -17,6 +17,8 @@ from model.routing import load_entropy_ratio, max_load_ratio
 from model.transformer import Transformer
 
 WINDOWS_AT_ONCE = 24
+# Beyond this a picture of single experts shows nothing, and a causal map would take a night.
+MOST_EXPERTS = 512
 
 CLASSES = ("newline", "space", "upper case", "vowel", "consonant", "digit", "punctuation", "other")
 _VOWELS = frozenset("aeiou")
@@ -66,6 +68,18 @@ def by_class(counts: Tensor, tokens: Sequence[str]) -> Tensor:
     return counts.new_zeros(*counts.shape[:2], len(CLASSES)).index_add_(2, index, counts)
 
 
+def chosen_by_class(model: Transformer, ids: Tensor, tokens: Sequence[str]) -> list[list[list[int]]] | None:
+    """What a training run notes of its experts now and then, on a few windows: choices [layer][expert][class].
+
+    None for so many experts that nobody could look at them one by one.
+    """
+    if model.config.num_layers * model.config.num_experts > MOST_EXPERTS:
+        return None
+    inputs, _ = spread_windows(ids, model.config.context_length, WINDOWS_AT_ONCE)
+    counts: list[list[list[int]]] = by_class(count_choices(model, inputs), tokens).tolist()
+    return counts
+
+
 def lift(counts: Tensor) -> Tensor:
     """Observed over expected choices, 1 without preference: (L, E, X) -> (L, E, X), NaN where X or E is unseen.
 
@@ -102,9 +116,8 @@ def favourites(
     return [[of_expert(layer, expert) for expert in range(counts.shape[1])] for layer in range(len(counts))]
 
 
-def load(counts: Tensor) -> list[dict[str, Any]]:
-    """Per layer: each expert's share, the busiest over the mean, the entropy over that of balance, how many idle."""
-    work = counts.sum(-1)  # (L, E)
+def load(work: Tensor) -> list[dict[str, Any]]:
+    """Of choices or shares (L, E), per layer: shares, busiest over mean, entropy over that of balance, idle ones."""
     shares, ratios, entropies = work / work.sum(-1, keepdim=True), max_load_ratio(work), load_entropy_ratio(work)
     return [
         {

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DOTS_PER_INCH = 110
 LIFTS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
-MOST_FRAMES = 40
+MOST_FRAMES = 30
 
 
 @contextmanager
@@ -96,7 +96,9 @@ def specialisation(frames: list[dict[str, Any]]) -> bytes:
 
     every = math.ceil(len(frames) / MOST_FRAMES)
     chosen = frames[:-1:every] + frames[-1:]
-    images = [Image.open(io.BytesIO(_frame(frame))).convert("P", colors=64) for frame in chosen]
+    drawn = [Image.open(io.BytesIO(_frame(frame))).convert("RGB") for frame in chosen]
+    palette = drawn[-1].quantize(64)  # one for all frames: what stays the same is then stored once
+    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in drawn]
     target = io.BytesIO()
     durations = [400] * (len(images) - 1) + [2500]
     images[0].save(target, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
@@ -115,7 +117,7 @@ def _frame(frame: dict[str, Any]) -> bytes:
             _draw_classes(axes, [[row[c] for c in used] for row in lift[layer]], used, f"layer {layer}", numbers=False)
         _lift_bar(figure, panels[: len(lift)])
         figure.suptitle(f"what the experts like, step {frame['step']:,}", fontsize=10)
-        return _png(figure, 80)
+        return _png(figure, 72)
 
 
 def _draw_classes(
@@ -158,7 +160,15 @@ def _label_experts(axes: Axes, values: list[list[float]], form: str, dark_below:
     for layer, row in enumerate(values):
         for expert, value in enumerate(row):
             color = "white" if value < dark_below else "black"
-            axes.text(expert, layer, form.format(value), ha="center", va="center", fontsize=8, color=color)
+            axes.text(
+                expert,
+                layer,
+                form.format(value).replace("-0.000", "0.000"),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=color,
+            )
 
 
 def _size(values: list[list[float]]) -> tuple[float, float]:

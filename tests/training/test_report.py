@@ -1,0 +1,165 @@
+"""A report's figures against cases worked by hand, and the whole command on a run of seconds."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import checkpoint
+from tests.checkpoints import tiny_model
+from training import config as configs
+from training.report import experts, pictures
+from training.report.card import reading
+from training.report.overlap import longest_overlap
+
+ROOT = Path(__file__).parents[2]
+VERSE = "The quick brown fox jumps over the lazy dog, and he sleeps on.\n" * 200
+
+
+def test_every_token_has_the_class_of_its_first_character_that_is_no_space() -> None:
+    tokens = ["\n", " ", "A", "e", "t", "7", "!", "é", " the", " \n", "", "—"]
+    named = ["newline", "space", "upper case", "vowel", "consonant", "digit", "punctuation"]
+    assert [experts.class_of(token) for token in tokens] == [
+        *named, "consonant", "consonant", "newline", "other", "other",
+    ]  # fmt: skip
+
+
+def test_lift_is_one_without_preference_and_the_number_of_experts_for_a_sole_taker() -> None:
+    even = experts.lift(torch.tensor([[[3, 6], [3, 6]]]))
+    assert even.tolist() == [[[1, 1], [1, 1]]]
+    split = experts.lift(torch.tensor([[[8, 0, 0], [0, 8, 0]]]))
+    assert split[..., :2].tolist() == [[[2, 0], [0, 2]]]
+    assert split[..., 2].isnan().all()
+
+
+def test_favourites_are_what_an_expert_took_most_of_beyond_its_share() -> None:
+    counts = torch.tensor([[[90, 10, 1], [10, 90, 0]]])
+    (first, second), = experts.favourites(counts, ["a", "b", "z"], experts_per_token=1)  # fmt: skip
+    assert [like["token"] for like in first] == ["a", "z"]  # z has the higher lift, and one occurrence
+    assert first[0]["taken"] == 0.9
+    assert second == [{"token": "b", "lift": 1.81, "taken": 0.9}]
+
+
+def test_load_of_a_balanced_and_of_a_collapsed_layer() -> None:
+    balanced, collapsed = experts.load(torch.tensor([[5, 5, 5, 5], [0, 0, 20, 0]]))
+    assert (balanced["max_load_ratio"], balanced["entropy_ratio"], balanced["idle"]) == (1, 1, 0)
+    assert (collapsed["max_load_ratio"], collapsed["entropy_ratio"], collapsed["idle"]) == (4, 0, 3)
+
+
+def test_choices_are_counted_under_the_token_that_was_fed() -> None:
+    model = tiny_model()
+    inputs = torch.tensor([[3, 3, 7, 9]] * 30)  # more than one batch of windows
+    counts = experts.count_choices(model, inputs)
+    assert counts.sum((1, 2)).tolist() == [2 * inputs.numel()] * 3
+    assert counts.sum(1)[0].nonzero().flatten().tolist() == [3, 7, 9]
+    assert counts.sum(1)[0, 3] == 2 * 60
+    chosen = model(inputs)[1][0].expert_ids[inputs.flatten() == 9]
+    assert counts[0, :, 9].tolist() == torch.bincount(chosen.flatten(), minlength=4).tolist()
+
+
+def test_windows_are_exact_and_reach_from_the_first_to_the_last() -> None:
+    inputs, targets = experts.spread_windows(torch.arange(101), length=10, most=3)
+    assert inputs[:, 0].tolist() == [0, 40, 90]
+    assert torch.equal(targets, inputs + 1)
+
+
+def test_the_causal_map_is_the_loss_without_an_expert_minus_with_it() -> None:
+    model = tiny_model()
+    silent = model.layers[1].moe.experts
+    with torch.no_grad():
+        for weight in silent.parameters():
+            weight.zero_()  # a layer whose experts write nothing
+    ids = torch.randint(0, 65, (5, 33), generator=torch.Generator().manual_seed(1))
+    found = experts.causal_map(model, ids[:, :-1], ids[:, 1:])
+    assert found.cost[1].abs().max() < 1e-6
+    disabled = torch.zeros(1, 3, 4, dtype=torch.bool)
+    disabled[0, 2, 3] = True
+    with torch.inference_mode():
+        losses = [
+            torch.nn.functional.cross_entropy(model(ids[:, :-1], off)[0].flatten(0, 1), ids[:, 1:].flatten()).item()
+            for off in (None, disabled)
+        ]
+    assert found.baseline == pytest.approx(losses[0], abs=1e-5)
+    assert found.cost[2, 3].item() == pytest.approx(losses[1] - losses[0], abs=1e-5)
+    assert abs(found.cost[2, 3]) > 1e-4
+
+
+def test_the_reading_names_the_dearest_and_the_cheapest_expert() -> None:
+    causal = {"cost": [[0.01, 0.5], [0.02, -0.001]], "standard_error": [[0.01, 0.01], [0.001, 0.01]]}
+    sentence = reading(causal)
+    assert "expert 1 of layer 0 costs most, +0.5000" in sentence
+    assert "expert 1 of layer 1 costs least, -0.0010" in sentence
+    assert "for 2 of 4" in sentence
+
+
+@pytest.mark.parametrize(
+    ("sample", "text", "longest"),
+    [
+        ("abcdef", "xxcdexx", "cde"),
+        ("xyz", "abc", ""),
+        ("whole", "the whole of it", "whole"),
+        ("ab--abc", "abc", "abc"),
+        ("", "abc", ""),
+    ],
+)
+def test_the_longest_overlap(sample: str, text: str, longest: str) -> None:
+    assert longest_overlap(sample, text) == longest
+
+
+def test_the_dense_control_meets_as_many_parameters_per_token_and_as_much_data() -> None:
+    mixture, dense = (configs.from_preset(name, {}) for name in ("shakespeare", "dense"))
+    ours, control = (config.model_config(vocab_size=65) for config in (mixture, dense))
+    routers = ours.num_layers * ours.hidden_size * (ours.num_experts - 1)
+    assert ours.num_active_parameters - control.num_active_parameters == routers
+    differing = {name for name, value in dense.as_dict().items() if mixture.as_dict()[name] != value}
+    assert differing == {"shape"}
+
+
+def test_an_animation_has_a_frame_for_each_look_and_stays_small() -> None:
+    from PIL import Image
+
+    frames = [{"step": step, "lift": torch.rand(6, 8, 8).mul(step / 10).tolist()} for step in range(0, 60, 2)]
+    content = pictures.specialisation(frames)
+    assert Image.open(io.BytesIO(content)).n_frames == 30  # type: ignore[attr-defined]
+    assert len(content) < 500_000
+
+
+def training(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "training", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_report_stands_beside_its_checkpoint_and_keeps_what_is_no_longer_at_hand(tmp_path: Path) -> None:
+    (tmp_path / "verse.txt").write_text(VERSE)
+    train = ("train", "--preset", "tiny", "--data", "verse.txt")
+    assert training(*train, "--run", "mine", cwd=tmp_path).returncode == 0
+    dense = ("--num-experts", 1, "--experts-per-token", 1, "--expert-size", 64)
+    assert training(*train, "--run", "dense", *dense, cwd=tmp_path).returncode == 0
+    folder = tmp_path / "runs" / "mine" / "step-20"
+    before = checkpoint.verify(folder)
+    report = ("report", "--checkpoint", folder, "--data", "verse.txt", "--windows", 4)
+    whole = training(*report, "--run", "runs/mine", "--control", "runs/dense/step-20", cwd=tmp_path)
+    assert whole.stdout == f"read it:  {folder / 'README.md'}\n", whole.stderr
+    assert checkpoint.verify(folder) == before
+    figures = json.loads((folder / "report.json").read_text())
+    assert [frame["step"] for frame in figures["specialisation"]] == [10, 20]
+    assert figures["control"]["active_parameters"] == figures["result"]["active_parameters"] - 2 * 32 * 3
+    card = (folder / "README.md").read_text()
+    shown = {line.rpartition("(")[2].rstrip(")") for line in card.splitlines() if line.startswith("![")}
+    assert shown == {path.name for path in folder.iterdir() if path.suffix in (".png", ".gif")}
+    assert len(shown) == 5
+    assert training(*report, cwd=tmp_path).returncode == 0
+    assert json.loads((folder / "report.json").read_text()) == figures
+    training("export", folder, "out", cwd=tmp_path)
+    assert shown <= {path.name for path in (tmp_path / "out").iterdir()}
+    other = training("report", "--checkpoint", folder, "--data", __file__, cwd=tmp_path)
+    assert (other.returncode, len(other.stderr.splitlines())) == (1, 1)
+    assert "trained on another text" in other.stderr

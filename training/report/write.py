@@ -1,0 +1,168 @@
+"""Measures a checkpoint and writes what was found beside it: report.json, pictures and the model card.
+
+None of these is in the manifest, so the checkpoint that serving reads stays what it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import checkpoint
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig
+from training.config import BadConfig
+from training.corpora import Corpus
+from training.report import experts, pictures
+from training.report.card import card
+from training.report.overlap import longest_overlap
+from training.sample import stream
+
+FILE = "report.json"
+SAMPLES, SAMPLE_LENGTH = 4, 500
+
+
+def write(
+    loaded: Checkpoint, corpus: Corpus, output: Path, *, windows: int, run: Path | None, control: Path | None
+) -> dict[str, Any]:
+    """Measure and write. Raises BadConfig when the text, the run or the control belongs to another training."""
+    facts = loaded.training
+    if facts["corpus"]["sha256"] != corpus.digests:
+        raise BadConfig(f"{loaded.manifest.folder} was trained on another text than {corpus.name}; name its own")
+    earlier = _earlier(output, loaded)
+    report = {
+        "fingerprint": loaded.manifest.fingerprint,
+        **_results(facts, loaded.config),
+        "control": _control(control, facts) if control else earlier.get("control"),
+        **_of_experts(loaded, corpus, windows),
+        "specialisation": _specialisation(run, facts) if run else earlier.get("specialisation", []),
+        **_of_text(loaded, corpus),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    for name, content in _pictures(facts, report).items():
+        (output / name).write_bytes(content)
+    (output / FILE).write_text(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = card(loaded.manifest.name, loaded.config, facts, report)
+    (output / "README.md").write_text(text, encoding="utf-8")
+    return report
+
+
+def _earlier(output: Path, loaded: Checkpoint) -> dict[str, Any]:
+    """An earlier report of the same weights: a control and a run are not at hand for ever, their figures are."""
+    path = output / FILE
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if found.get("fingerprint") == loaded.manifest.fingerprint else {}
+
+
+def _results(facts: dict[str, Any], shape: ModelConfig) -> dict[str, Any]:
+    best = min(facts["loss_curve"], key=lambda point: point["validation_loss"], default=None)
+    bigram = facts.get("bigram_loss")
+    return {
+        "result": {"validation_loss": facts["validation_loss"], **_cost(facts), **_sizes(shape)},
+        "final": _in_bits(facts["validation_loss"]),
+        "best": {"step": best["step"], **_in_bits(best["validation_loss"])} if best else None,
+        "bigram": None if bigram is None else _in_bits(bigram),
+    }
+
+
+def _in_bits(loss: float) -> dict[str, float]:
+    return {"loss": loss, "bits_per_character": round(loss / math.log(2), 5)}
+
+
+def _cost(facts: dict[str, Any]) -> dict[str, Any]:
+    return {"steps": facts["steps"], "tokens": facts["tokens"], "minutes": round(facts["seconds"] / 60, 1)}
+
+
+def _control(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    loaded = checkpoint.load(folder)
+    other, shape = loaded.training, loaded.config
+    for what in ("corpus", "steps", "tokens"):
+        if other[what] != facts[what]:
+            raise BadConfig(f"{folder} had another {what} than this checkpoint, so it is no control of it")
+    return {"validation_loss": other["validation_loss"], **_cost(other), **_sizes(shape)}
+
+
+def _sizes(shape: ModelConfig) -> dict[str, int]:
+    return {"parameters": shape.num_parameters, "active_parameters": shape.num_active_parameters}
+
+
+def _of_experts(loaded: Checkpoint, corpus: Corpus, windows: int) -> dict[str, Any]:
+    config, tokenizer = loaded.config, loaded.tokenizer
+    ids = torch.tensor(tokenizer.encode(corpus.validation), device=loaded.model.device)
+    inputs, targets = experts.spread_windows(ids, config.context_length, windows)
+    counts = experts.count_choices(loaded.model, inputs)
+    few = config.num_layers * config.num_experts <= experts.MOST_EXPERTS
+    found: dict[str, Any] = {
+        "tokens_counted": inputs.numel(),
+        "load": experts.load(torch.tensor(loaded.training["routing_baseline"])),
+    }
+    found["favourites"] = found["classes"] = found["causal_map"] = None
+    if few and config.num_experts > 1:
+        found["classes"] = rounded(experts.lift(experts.by_class(counts, tokenizer.tokens)))
+        found["favourites"] = experts.favourites(counts, tokenizer.tokens, config.experts_per_token)
+    if few and config.num_experts > config.experts_per_token:
+        found["causal_map"] = _as_figures(experts.causal_map(loaded.model, inputs, targets))
+    return found
+
+
+def _as_figures(found: experts.CausalMap) -> dict[str, Any]:
+    return {
+        "windows": found.num_windows,
+        "baseline": round(found.baseline, 5),
+        "cost": rounded(found.cost, 5),
+        "standard_error": rounded(found.error, 5),
+    }
+
+
+def rounded(values: Tensor, digits: int = 3) -> Any:
+    """Nested lists of a tensor's numbers; None for NaN, which JSON does not know."""
+    if values.ndim:
+        return [rounded(part, digits) for part in values.cpu()]
+    return None if math.isnan(float(values)) else round(float(values), digits)
+
+
+def _specialisation(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lift of every class over training, from what the run noted at its evaluations up to this checkpoint."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise BadConfig(f"{run} has no metrics.jsonl; --run names the folder in which the checkpoint was trained")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    notes = [line for line in lines if "chosen_by_class" in line and line["step"] <= facts["steps"]]
+    return [
+        {"step": note["step"], "lift": rounded(experts.lift(torch.tensor(note["chosen_by_class"])))} for note in notes
+    ]
+
+
+def _of_text(loaded: Checkpoint, corpus: Corpus) -> dict[str, Any]:
+    samples = [_sample(loaded, seed) for seed in range(1, SAMPLES + 1)]
+    length = sum(map(len, samples))
+    passage = max((longest_overlap(text, corpus.train) for text in samples), key=len)
+    starts = range(0, min(length, len(corpus.validation)), SAMPLE_LENGTH)
+    held_out = (longest_overlap(corpus.validation[at : at + SAMPLE_LENGTH], corpus.train) for at in starts)
+    overlap = {"characters": length, "length": len(passage), "passage": passage}
+    return {"samples": samples, "overlap": {**overlap, "length_in_validation_text": max(map(len, held_out))}}
+
+
+def _sample(loaded: Checkpoint, seed: int) -> str:
+    start = loaded.tokenizer.encode(loaded.tokenizer.fold("\n") or loaded.tokenizer.tokens[0])
+    ids = stream(loaded.model, start, SAMPLE_LENGTH, temperature=0.8, top_k=0, top_p=1.0, seed=seed)
+    return loaded.tokenizer.decode(list(ids))
+
+
+def _pictures(facts: dict[str, Any], report: dict[str, Any]) -> dict[str, bytes]:
+    drawn = {
+        "loss.png": pictures.loss_curve(facts["loss_curve"], facts.get("bigram_loss")),
+        "load.png": pictures.load([row["shares"] for row in report["load"]]),
+    }
+    if report["classes"]:
+        drawn["classes.png"] = pictures.classes(report["classes"])
+    if report["causal_map"]:
+        drawn["causal-map.png"] = pictures.causal_map(report["causal_map"]["cost"])
+    if report["specialisation"]:
+        drawn["specialisation.gif"] = pictures.specialisation(report["specialisation"])
+    return drawn
