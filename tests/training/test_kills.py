@@ -13,8 +13,8 @@ from tests.evidence import At, Evidence
 from tests.training.processes import start, train
 from training import runs
 
-ARGUMENTS = ("--steps", 60, "--evaluate-every", 3)
-LAST = "step-60"
+ARGUMENTS = ("--steps", 20, "--evaluate-every", 4)
+LAST = "step-20"
 
 
 def ran_until_killed(text: Path, after_seconds: float) -> bool:

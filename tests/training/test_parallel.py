@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,20 @@ from tests.evidence import Evidence
 from tests.training.processes import start, train
 from training import runs
 
+# At the preset's rates any other order of summation, by however few bits, sends a token to another expert within 30
+# steps, and the losses part by 1e-3 to 1e-2: a property of routing, which hides what is asked here.
+GENTLE = ("--matrix-learning-rate", 0.001, "--embedding-learning-rate", 0.0004, "--head-learning-rate", 0.001)
 FOR_EVER = ("--steps", 100_000, "--evaluate-every", 100_000)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Words of chance: gradients of text that repeats itself vanish, and Muon makes full steps of their rounding."""
+    chance = random.Random(3)
+    words = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(1, 8))) for _ in range(300)]
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(chance.choices(words, k=4000)))
+    return path
 
 
 def losses(run: Path) -> list[float]:
@@ -37,7 +51,7 @@ def pid_of_rank(torchrun: subprocess.Popen[str], rank: int) -> int:
 
 
 def test_two_ranks_give_one_ranks_loss_and_one_resumes_what_two_began(text: Path, evidence: Evidence) -> None:
-    arguments = ("--steps", 100, "--evaluate-every", 50)
+    arguments = ("--steps", 100, "--evaluate-every", 50, "--balance-weight", 0.1, *GENTLE)
     train(text, "one", *arguments)
     output = train(text, "two", *arguments, ranks=2)
     assert output.count("serve it") == 1

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from model import checkpoint
-from tests.checkpoints import tiny_model
+from tests.checkpoints import tiny_files, tiny_model
 from tests.training.processes import VERSE, train, training
 from training import config as configs
 from training import corpora, runs
 from training.config import BadConfig
 from training.evaluate import evaluate
-from training.history import flops_per_token
+from training.history import History, flops_per_token
 from training.optimizer import LearningRates, Muon, Optimizer, polar_factor, schedule
 from training.trainer import Trainer
 
@@ -91,20 +91,16 @@ def test_a_run_that_cannot_be_written_is_refused_before_its_text_is_read(text: P
     assert len(output.splitlines()) == 1
 
 
-def test_the_best_step_outlives_the_newest_two_and_is_the_one_to_serve(text: Path) -> None:
-    """A warm-up that never ends and rates far too high: it learns, and then unlearns."""
-    arguments = ("--evaluate-every", 1, "--warmup-steps", 30, "--embedding-learning-rate", 30)
-    output = train(text, "peak", *arguments)
-    run = text.parent / "runs" / "peak"
-    facts = checkpoint.read_record(run / "step-20")
-    losses = {point["step"]: point["validation_loss"] for point in facts["loss_curve"]}
-    best = min(losses, key=lambda step: losses[step])
-    assert best < 19
-    assert facts["best"] == {"step": best, "validation_loss": losses[best]}
-    assert facts["validation_loss"] == losses[20]
-    assert sorted(runs.step_of(folder) for folder in run.glob("step-*")) == [best, 19, 20]
-    assert f"serve it:  make serve CHECKPOINT=runs/peak/step-{best}" in output
-    assert checkpoint.load(run / f"step-{best}").training["validation_loss"] == losses[best]
+def test_the_best_step_outlives_the_newest_two(tmp_path: Path) -> None:
+    history, files = History(), tiny_files(tiny_model())
+    for step, loss in enumerate([3.0, 1.5, 2.0, 1.6, 1.9], start=1):
+        history.step = step
+        history.remember(loss, loss, tokens=10 * step, flops=100 * step)
+        assert history.best
+        runs.save_step(tmp_path, step, files, "card", {"w": torch.ones(2)}, int(history.best["step"]))
+    assert history.best == {"step": 2, "validation_loss": 1.5}
+    assert sorted(runs.step_of(folder) for folder in tmp_path.glob("step-*")) == [2, 4, 5]
+    assert history.milestones == {"1.7439": {"step": 2, "tokens": 20, "seconds": 0.0, "flops": 200}}
 
 
 def test_a_clipped_step_sees_gradients_of_the_norm_that_was_asked_for() -> None:
