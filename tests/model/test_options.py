@@ -85,7 +85,7 @@ def test_a_token_goes_to_its_best_groups_and_to_the_best_experts_in_each() -> No
     routing = router(tokens())
     for x, ids, weights in zip(tokens(), routing.expert_ids, routing.expert_weights, strict=True):
         group_gates, groups = (router.group_weight @ x).topk(2)
-        wanted = {}
+        wanted: dict[int, float] = {}
         for gate, group in zip(group_gates.softmax(-1), groups.tolist(), strict=True):
             logits, experts = (router.weight[4 * group : 4 * group + 4] @ x).topk(2)
             inside = zip(logits.softmax(-1), experts.tolist(), strict=True)
@@ -155,14 +155,15 @@ def test_a_folder_of_any_kind_comes_back_and_counts_its_parameters(options: dict
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_config_is_refused_by_whoever_does_not_know_its_kind(options: dict[str, Any]) -> None:
     raw = tiny_model(**options).config.to_hf()
-    for change in (
+    changes: list[dict[str, Any]] = [
         {"model_type": "qwen3_moe"},
         {"activation": "tanh"},
         {"hidden_act": "tanh"},
         {"num_groups": 3},
         {"gates_over": None},
         {"rope_scaling": {}},
-    ):
+    ]
+    for change in changes:
         with pytest.raises(UnsupportedConfig):
             ModelConfig.from_hf({**raw, **change})
     plain = tiny_model().config.to_hf()

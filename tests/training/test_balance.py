@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.router import Noise, Router, Routing
 from training.balance import (
+    OverRanks,
     chance_of_choice,
     importance,
     importance_loss,
@@ -141,6 +142,11 @@ def test_load_on_two_levels_is_the_groups_load_times_the_mean_chance_of_those_wh
         torch.testing.assert_close(found[of_group], group_chance[:, group].sum() * inside.mean(0))
 
 
+def standing_for(total: Tensor) -> OverRanks:
+    """What a sum over processes would say."""
+    return lambda part: total
+
+
 def test_statistics_over_two_halves_are_those_of_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, noise_weight, drawn = (
@@ -151,7 +157,7 @@ def test_statistics_over_two_halves_are_those_of_the_whole() -> None:
     for term, statistic in ((importance_loss, importance), (load_loss, load)):
         total = sum(statistic(half) for half in halves)
         assert isinstance(total, Tensor)
-        torch.testing.assert_close(term(halves[0], lambda part, total=total: total), term(whole))
+        torch.testing.assert_close(term(halves[0], standing_for(total)), term(whole))
     counts = whole.expert_ids.flatten().bincount(minlength=5)
-    shares = [switch_loss(half, lambda part: counts) for half in halves]
+    shares = [switch_loss(half, standing_for(counts)) for half in halves]
     torch.testing.assert_close(torch.stack(shares).mean(), switch_loss(whole))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,8 +14,15 @@ from training.config import CHOICES, TrainingConfig
 from training.initialise import SWITCH_SCALE, initialise, is_zero_at_first
 
 # Every kind of matrix with enough weights to measure; no two of a kind have as many inputs as outputs.
-SIZES = {"vocab_size": 400, "hidden_size": 256, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "expert_size": 128}
-GROUPS = {"num_experts": 64, "experts_per_token": 4, "num_groups": 32, "groups_per_token": 2}
+SIZES: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 256,
+    "num_layers": 1,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "expert_size": 128,
+}
+GROUPS: dict[str, Any] = {"num_experts": 64, "experts_per_token": 4, "num_groups": 32, "groups_per_token": 2}
 
 
 def filled(init: str) -> Transformer:
