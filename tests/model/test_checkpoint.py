@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_a_configuration_that_we_do_not_compute_is_refused(key: str, value: obje
         {"num_layers": 0},
     ],
 )
-def test_a_shape_that_cannot_be_is_refused_with_its_name(wrong: dict[str, int]) -> None:
+def test_a_shape_that_cannot_be_is_refused_with_its_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedConfig, match=next(iter(wrong))):
         ModelConfig(**{"vocab_size": 65, **wrong})
 
@@ -152,6 +153,7 @@ def test_counted_parameters_are_the_models() -> None:
 SAVER = """
 import itertools, os, sys, torch
 from pathlib import Path
+from typing import Any
 from training import runs
 from tests.checkpoints import tiny_files, tiny_model
 files, state = tiny_files(tiny_model()), {"x": torch.zeros(200_000)}
