@@ -153,6 +153,7 @@ def test_counted_parameters_are_the_models() -> None:
 SAVER = """
 import itertools, os, sys, torch
 from pathlib import Path
+from typing import Any
 from training import runs
 from tests.checkpoints import tiny_files, tiny_model
 files, state = tiny_files(tiny_model()), {"x": torch.zeros(200_000)}
