@@ -47,7 +47,7 @@ def trained(preset: str, folder: Path) -> Path:
     flags = [*SMALL, "--steps", 20, "--evaluate-every", 20, "--warmup-steps", 2]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.run(
-        [*command, *map(str, flags)], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+        [*command, *map(str, flags)], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
     )
     assert process.returncode == 0, process.stderr
     return folder / "runs" / preset / "step-20"
