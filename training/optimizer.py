@@ -40,9 +40,7 @@ def polar_factor(matrices: Tensor) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)  # as a * x, without two passes over all of x
-        x = polynomial @ x
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
     return x.mT if tall else x
 
 
