@@ -51,7 +51,7 @@ class Journal:
             },
         )
 
-    def evaluation(self, point: dict[str, float], figures: StepFigures, result: Evaluation, sample: str) -> None:
+    def evaluation(self, point: dict[str, Any], figures: StepFigures, result: Evaluation, sample: str) -> None:
         balance = layer_balance(result)
         about = {name: value for name, value in figures.as_line().items() if name not in ("step", "loss")}
         runs.append_metrics(self._run, **point, **about, **balance, max_load=round(result.max_load, 4))

@@ -148,10 +148,9 @@ class Trainer:
             return runs.step_folder(self.run, self.history.step)
         point = self.history.remember(figures.loss, result.loss, self.tokens, self.flops)
         chosen = chosen_by_class(rounded, self.validation_ids, self.tokenizer.tokens)
-        if chosen is not None:
-            runs.append_metrics(self.run, step=self.history.step, chosen_by_class=chosen)
+        noted = {} if chosen is None else {"chosen_by_class": chosen}
         sample = record.sample(rounded, self.tokenizer)
-        watchers.evaluation(point, figures, result, sample)
+        watchers.evaluation({**point, **noted}, figures, result, sample)
         return self._save(rounded, result, sample)
 
     def _save(self, rounded: Transformer, result: Evaluation, sample: str) -> Path:
@@ -207,7 +206,7 @@ class _Watchers:
             self._progress.step(figures.step, figures.loss)
             self._journal.step(figures)
 
-    def evaluation(self, point: dict[str, float], figures: StepFigures, result: Evaluation, sample: str) -> None:
+    def evaluation(self, point: dict[str, Any], figures: StepFigures, result: Evaluation, sample: str) -> None:
         if self._progress and self._journal:
             self._progress.evaluation(figures, result, sample)
             self._journal.evaluation(point, figures, result, sample)
