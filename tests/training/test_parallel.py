@@ -18,8 +18,8 @@ from tests.evidence import Evidence
 from tests.training.processes import start, train
 from training import runs
 
-# Another order of summation changes a loss by a bit; a token that goes to another expert for it, or a large step along a
-# direction that is all rounding, makes 1e-3 of it within 100 steps. With every expert chosen and small steps neither
+# Another order of summation changes a loss by a bit; a token that goes to another expert for it, or a large step along
+# a direction that is all rounding, makes 1e-3 of it within 100 steps. With every expert chosen and small steps neither
 # happens, and what is left is what is asked here. Who is chosen is asked below, where ten steps are enough.
 GENTLE = ("--matrix-learning-rate", 0.001, "--embedding-learning-rate", 0.0004, "--head-learning-rate", 0.001)
 ALL_CHOSEN = ("--experts-per-token", 4, "--importance-weight", 0.1)
