@@ -30,7 +30,8 @@ print(number + 1)
 
 
 def read(path: Path) -> NotebookNode:
-    return nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+    notebook: NotebookNode = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+    return notebook
 
 
 NOTEBOOK = read(SCRIPT.with_suffix(".ipynb"))
