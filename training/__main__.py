@@ -284,7 +284,7 @@ def _expected_errors() -> list[type[Exception]]:
 
 def _speaks_of(error: Exception) -> bool:
     """Under torchrun all ranks refuse the same; the first says so. What befell one rank alone, that rank says."""
-    if "WORLD_SIZE" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:
         return True
     from training.parallel import RankLost, Ranks
 

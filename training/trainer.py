@@ -73,8 +73,8 @@ class Trainer:
         trainer.model.load_state_dict(weights)
         trainer.optimizer.restore(state)
         trainer.history = History.from_record(facts)
-        if not runs.is_whole(trainer.best_folder):  # the step it resumes from is the best that is left
-            trainer.history.best = lowest(trainer.history.loss_curve[-1:])
+        curve = trainer.history.loss_curve
+        trainer.history.best = lowest([at for at in curve if runs.is_whole(runs.step_folder(run, int(at["step"])))])
         return trainer
 
     @property
@@ -240,8 +240,11 @@ def require_resumable(config: TrainingConfig, run: Path) -> tuple[Path, dict[str
 def _require_same(config: TrainingConfig, facts: dict[str, Any], run: Path) -> None:
     """A resumed run may go on for longer and be looked at more often; anything else would be another run."""
     may_change = {"steps", "evaluate_every"}
-    begun_with = {**TrainingConfig().as_dict(), **facts["config"]}  # an older run had an option's default
-    changed = [name for name, value in config.as_dict().items() if begun_with[name] != value]
+    # An older run had the default of an option that came later; a shape may spell its defaults out or not.
+    begun = TrainingConfig(**{**TrainingConfig().as_dict(), **facts["config"]})
+    changed = [name for name, value in config.as_dict().items() if getattr(begun, name) != value]
+    if begun.model_config(vocab_size=1) == config.model_config(vocab_size=1):
+        changed = [name for name in changed if name != "shape"]
     if changed := [name for name in changed if name not in may_change]:
         raise BadConfig(
             f"{run} was begun with another {', '.join(changed)}; resume it with the same, or name another run"

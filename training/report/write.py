@@ -16,6 +16,7 @@ from torch import Tensor
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
+from training import runs
 from training.config import BadConfig
 from training.corpora import Corpus
 from training.report import experts, pictures
@@ -131,11 +132,19 @@ def _specialisation(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise BadConfig(f"{run} has no metrics.jsonl; --run names the folder in which the checkpoint was trained")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    notes = [line for line in lines if "chosen_by_class" in line and line["step"] <= facts["steps"]]
+    trained = checkpoint.read_record(runs.newest(run))
+    if _origin(trained) != _origin(facts):
+        raise BadConfig(f"{run} trained another checkpoint; --run names the folder in which this one was trained")
+    notes = [line for line in runs.read_metrics(run) if "chosen_by_class" in line and line["step"] <= facts["steps"]]
     return [
         {"step": note["step"], "lift": rounded(experts.lift(torch.tensor(note["chosen_by_class"])))} for note in notes
     ]
+
+
+def _origin(facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a run was told but for its length, and the text it read."""
+    told = {name: value for name, value in facts["config"].items() if name not in ("steps", "evaluate_every")}
+    return told, facts["corpus"]["sha256"]
 
 
 def _of_text(loaded: Checkpoint, corpus: Corpus) -> dict[str, Any]:
