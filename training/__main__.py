@@ -14,6 +14,7 @@ from training import config as configs
 if TYPE_CHECKING:
     import torch
 
+    from model.tokenizer import Tokenizer
     from training.corpora import Corpus
     from training.parallel import Ranks
     from training.trainer import Trainer
@@ -149,18 +150,36 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     import torch
 
     from model import checkpoint
+    from training.baselines import bits_per_character
     from training.evaluate import evaluate, stream_loss
 
     loaded = checkpoint.load(arguments.checkpoint, _device(arguments.device))
-    text = _corpus(arguments.data, arguments.corpus).validation
-    ids = torch.tensor(loaded.tokenizer.encode(text), device=loaded.model.device)
+    corpus = _corpus(arguments.data, arguments.corpus)
+    ids = torch.tensor(loaded.tokenizer.encode(corpus.validation), device=loaded.model.device)
     result = evaluate(loaded.model, ids)
     print(f"validation loss  {result.loss:.4f} nats per token over {result.num_windows} windows")
+    bits = bits_per_character(result.loss, len(ids), len(corpus.validation))
+    print(f"                 {bits:.4f} bits per character")
+    print(f"bigram counts    {_bigram(loaded.tokenizer, corpus, ids)}")
     print(f"while streaming  {stream_loss(loaded.model, ids):.4f} nats per token over {len(ids) - 1:,} tokens")
     balance = f"busiest {result.max_load:.2f} x the mean, entropy {result.min_entropy:.4f}, {result.num_idle} idle"
     print(f"experts          {balance}")
     for layer, shares in enumerate(result.shares):
         print(f"  layer {layer}  " + "  ".join(f"{share:6.1%}" for share in shares))
+
+
+def _bigram(tokenizer: Tokenizer, corpus: Corpus, validation_ids: torch.Tensor) -> str:
+    """What pairs counted in the training text reach, if the tokenizer spells it: only its other part is scored."""
+    import torch
+
+    from model.tokenizer import UnknownCharacters
+    from training.baselines import bigram_loss
+
+    try:
+        train_ids = torch.tensor(tokenizer.encode(corpus.train), device=validation_ids.device)
+    except UnknownCharacters as error:
+        return f"none: of the training text, {error}"
+    return f"{bigram_loss(train_ids, validation_ids, tokenizer.vocab_size):.4f} nats per token"
 
 
 def _sample(arguments: argparse.Namespace) -> None:
