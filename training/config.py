@@ -28,9 +28,11 @@ class TrainingConfig:
     """One run. Lengths are in tokens, rates are peaks; ``shape`` holds ModelConfig's fields but for the vocabulary.
 
     A capacity_factor of 0 sets no limit to what an expert takes; jitter is the width of the router noise of that name.
+    With items, every line of the training file is an item of its own, such as a name.
     """
 
     corpus: str = "shakespeare"
+    items: bool = False
     steps: int = 1000
     batch_size: int = 24
     seed: int = 1
@@ -63,6 +65,7 @@ class TrainingConfig:
         _require(0 <= self.warmdown_share <= 1, f"warmdown_share is {self.warmdown_share}; it must be between 0 and 1")
         for name in ("dropout", "expert_dropout", "jitter"):
             _require(getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be below 1")
+        _require(isinstance(self.items, bool), f"items is {self.items!r}; it must be true or false")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, f"{name} is {value!r}; it must be one of {', '.join(choices)}")
@@ -115,6 +118,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     }
     for name in [*(f.name for f in fields(TrainingConfig) if f.name != "shape"), *SHAPE_FIELDS]:
         flag = "--" + name.replace("_", "-")
+        if isinstance(defaults[name], bool):  # bool("False") is true, so these take no word: --items, --no-items
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+            continue
         # A wrong word is refused where a preset's is, in the same one line.
         shown = "|".join({**CHOICES, **SHAPE_CHOICES}.get(name, [str(defaults[name])]))
         parser.add_argument(flag, type=type(defaults[name]), default=argparse.SUPPRESS, metavar=shown)

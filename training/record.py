@@ -97,12 +97,20 @@ def training_section(config: ModelConfig, facts: dict[str, Any]) -> str:
 - corpus `{facts["corpus"]["name"]}`; {facts["steps"]:,} steps, {facts["tokens"]:,} tokens, {minutes:.0f} minutes
 - validation loss **{facts["validation_loss"]:.4f}** nats per token over {facts["validation_windows"]} exact windows of
   {config.context_length} inputs, with the weights as they are in this folder (rounded to bfloat16)
-
+{_beside_bigrams(facts)}
 {passed}
 - the busiest expert of the worst balanced layer takes {facts["max_load"]:.2f} times the mean load
 
 `training.json` has the whole record: settings, loss curve, digests of the corpus, and each expert's share of the work
 on the validation text."""
+
+
+def _beside_bigrams(facts: dict[str, Any]) -> str:
+    """A line of the list, or nothing for a record that is older than these figures."""
+    if "bigram_loss" not in facts:
+        return ""
+    bits, bigram = facts["bits_per_character"], facts["bigram_loss"]
+    return f"- {bits:.4f} bits per character; counts of token pairs reach {bigram:.4f} nats per token\n"
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +24,7 @@ from model import checkpoint
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training import record, runs
+from training.baselines import bigram_loss, bits_per_character
 from training.chance import chance_in, noise_weights
 from training.config import BadConfig, TrainingConfig
 from training.corpora import Corpus
@@ -167,8 +169,14 @@ class Trainer:
         best = self.history.best
         return runs.step_folder(self.run, int(best["step"]) if best else self.history.step)
 
+    @cached_property
+    def _bigram_loss(self) -> float:
+        """Counted once: neither text changes during a run."""
+        return bigram_loss(self.train_ids, self.validation_ids, self.tokenizer.vocab_size)
+
     def _facts(self, result: Evaluation) -> dict[str, Any]:
         """The training record, but for what depends on the weights alone."""
+        bits = bits_per_character(result.loss, len(self.validation_ids), len(self.corpus.validation))
         return {
             "config": self.config.as_dict(),
             "corpus": {"name": self.corpus.name, "sha256": self.corpus.digests},
@@ -177,6 +185,8 @@ class Trainer:
             **self.history.as_record(),
             "validation_loss": round(result.loss, 5),
             "validation_windows": result.num_windows,
+            "bits_per_character": round(bits, 5),
+            "bigram_loss": round(self._bigram_loss, 5),
             "routing_baseline": result.shares,
             "max_load": round(result.max_load, 4),
         }
