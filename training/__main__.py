@@ -172,6 +172,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     start = arguments.prompt or loaded.tokenizer.fold("\n") or loaded.tokenizer.tokens[0]
     prompt_ids = loaded.tokenizer.encode(start)
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
+    spell = loaded.tokenizer.speller()
     print(arguments.prompt, end="", flush=True)
     for token_id in stream(
         loaded.model,
@@ -182,8 +183,8 @@ def _sample(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         seed=seed,
     ):
-        print(loaded.tokenizer.decode([token_id]), end="", flush=True)
-    print()
+        print(spell(token_id), end="", flush=True)
+    print(spell.finish())
 
 
 def _report(arguments: argparse.Namespace) -> None:
