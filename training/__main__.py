@@ -201,6 +201,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     start = arguments.prompt or loaded.tokenizer.fold("\n") or loaded.tokenizer.tokens[0]
     prompt_ids = loaded.tokenizer.encode(start)
     seed = _seed(arguments)
+    spell = loaded.tokenizer.speller()
     print(arguments.prompt, end="", flush=True)
     for token_id in stream(
         loaded.model,
@@ -211,8 +212,8 @@ def _sample(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         seed=seed,
     ):
-        print(loaded.tokenizer.decode([token_id]), end="", flush=True)
-    print()
+        print(spell(token_id), end="", flush=True)
+    print(spell.finish())
 
 
 def _sample_items(arguments: argparse.Namespace, loaded: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from model.config import ModelConfig, UnsupportedConfig
 
 PRESETS = Path(__file__).parent / "presets"
 CHOICES: dict[str, tuple[str, ...]] = {
+    "tokenizer": ("character", "byte", "bpe"),
     "router_noise": ("none", "gaussian", "jitter"),
     "init": ("zero_output", "kaiming", "xavier", "truncated_normal"),
 }
@@ -33,6 +34,8 @@ class TrainingConfig:
 
     corpus: str = "shakespeare"
     items: bool = False
+    tokenizer: str = "character"
+    bpe_vocab_size: int = 512  # what a tokenizer of the kind bpe learns: the 256 bytes and their pairs
     steps: int = 1000
     batch_size: int = 24
     seed: int = 1
@@ -63,6 +66,7 @@ class TrainingConfig:
             value = getattr(self, name)  # written so that NaN is out of range as well
             _require(0 <= value < 2**63, f"{name} is {value}; it must be at least 0 and below 2^63")
         _require(0 <= self.warmdown_share <= 1, f"warmdown_share is {self.warmdown_share}; it must be between 0 and 1")
+        _require(self.bpe_vocab_size >= 256, f"bpe_vocab_size is {self.bpe_vocab_size}; the bytes alone are 256")
         for name in ("dropout", "expert_dropout", "jitter"):
             _require(getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be below 1")
         _require(isinstance(self.items, bool), f"items is {self.items!r}; it must be true or false")

@@ -67,14 +67,16 @@ def sample(model: Transformer, tokenizer: Tokenizer, length: int = 200) -> str:
 def card(name: str, config: ModelConfig, facts: dict[str, Any], text: str) -> str:
     """A short model card in Markdown; ``python -m training report`` writes the long one."""
     sample = f"## A sample, temperature 0.8\n\n```\n{text.strip()}\n```\n"
-    return "\n\n".join((introduction(name, config), training_section(config, facts), sample))
+    return "\n\n".join((introduction(name, config, facts), training_section(config, facts), sample))
 
 
-def introduction(name: str, config: ModelConfig) -> str:
+def introduction(name: str, config: ModelConfig, facts: dict[str, Any]) -> str:
     """What the model is, and its shape."""
+    kind = facts["config"].get("tokenizer", "character")  # an older run knew no other
+    written = {"byte": "one byte", "bpe": "a few letters"}.get(kind, "one character")
     return f"""# {name}
 
-A sparse mixture-of-experts language model that writes one character at a time. It continues text in the manner of its
+A sparse mixture-of-experts language model that writes {written} at a time. It continues text in the manner of its
 corpus; it is no assistant, knows no facts and follows no instructions.
 
 - {config.num_parameters:,} parameters, {config.num_active_parameters:,} of them at work for each token

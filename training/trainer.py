@@ -45,18 +45,18 @@ class Trainer:
     def __init__(
         self, config: TrainingConfig, corpus: Corpus, run: Path, device: torch.device, ranks: Ranks = ALONE
     ) -> None:
-        _require_windows(corpus, config.model_config(vocab_size=1).context_length)
         self.config = config
         self.corpus = corpus
         self.run = run
         self.ranks = ranks
-        self.tokenizer = Tokenizer.of_characters(corpus.train + corpus.validation)
+        self.tokenizer = _tokenizer_of(config, corpus)
+        parts = [self.tokenizer.encode(text) for text in (corpus.train, corpus.validation)]
+        _require_windows(corpus.name, min(map(len, parts)), config)
+        self.train_ids, self.validation_ids = (torch.tensor(ids, device=device) for ids in parts)
         self.model = Transformer(config.model_config(self.tokenizer.vocab_size)).to(device)
         initialise(self.model, config.seed, config.init)
         self.noise = noise_weights(config, self.model.config, device)
         self.optimizer = Optimizer(self.model, _learning_rates(config), config.clip_norm, self.noise)
-        self.train_ids = torch.tensor(self.tokenizer.encode(corpus.train), device=device)
-        self.validation_ids = torch.tensor(self.tokenizer.encode(corpus.validation), device=device)
         self.history = History()
 
     @classmethod
@@ -231,12 +231,19 @@ def _require_finite(loss: float, step: int) -> None:
         raise Diverged(f"the loss is {loss} after step {step}; lower the learning rates, and start the run anew")
 
 
-def _require_windows(corpus: Corpus, length: int) -> None:
-    shortest = min(len(corpus.train), len(corpus.validation))
+def _tokenizer_of(config: TrainingConfig, corpus: Corpus) -> Tokenizer:
+    """Pairs are learnt from the training text alone; characters have to spell the validation text as well."""
+    if config.tokenizer == "byte":
+        return Tokenizer.of_bytes()
+    if config.tokenizer == "bpe":
+        return Tokenizer.of_bpe(corpus.train, config.bpe_vocab_size)
+    return Tokenizer.of_characters(corpus.train + corpus.validation)
+
+
+def _require_windows(name: str, shortest: int, config: TrainingConfig) -> None:
+    length = config.model_config(vocab_size=1).context_length
     if shortest <= length:
-        raise BadConfig(
-            f"{corpus.name} has a part of {shortest:,} characters; context_length {length} needs more in both"
-        )
+        raise BadConfig(f"{name} has a part of {shortest:,} tokens; context_length {length} needs more in both")
 
 
 def require_resumable(config: TrainingConfig, run: Path) -> tuple[Path, dict[str, Any]]:
