@@ -65,14 +65,17 @@ def _results(facts: dict[str, Any], shape: ModelConfig) -> dict[str, Any]:
     bigram = facts.get("bigram_loss")
     return {
         "result": {"validation_loss": facts["validation_loss"], **_cost(facts), **_sizes(shape)},
-        "final": _in_bits(facts["validation_loss"]),
-        "best": {"step": best["step"], **_in_bits(best["validation_loss"])} if best else None,
-        "bigram": None if bigram is None else _in_bits(bigram),
+        "final": _in_bits(facts["validation_loss"], facts),
+        "best": {"step": best["step"], **_in_bits(best["validation_loss"], facts)} if best else None,
+        "bigram": None if bigram is None else _in_bits(bigram, facts),
     }
 
 
-def _in_bits(loss: float) -> dict[str, float]:
-    return {"loss": loss, "bits_per_character": round(loss / math.log(2), 5)}
+def _in_bits(loss: float, facts: dict[str, Any]) -> dict[str, float]:
+    """A loss in nats per token beside its bits per character; an older record is of one character a token."""
+    known = "bits_per_character" in facts
+    per_nat = facts["bits_per_character"] / facts["validation_loss"] if known else 1 / math.log(2)
+    return {"loss": loss, "bits_per_character": round(loss * per_nat, 5)}
 
 
 def _cost(facts: dict[str, Any]) -> dict[str, Any]:
