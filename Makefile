@@ -7,7 +7,7 @@ CODE := $(wildcard service model training benchmarks tests)
 given = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
 
 .NOTPARALLEL:
-.PHONY: help serve test train lint bench bench-interop prove evidence no-python
+.PHONY: help serve test train lint bench bench-interop prove evidence walkthrough no-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ prove: .venv/test.stamp ## every claim at full size, on a scoreboard and in docs
 
 evidence: .venv/train.stamp ## write the report of the shipped checkpoint anew: card, pictures, report.json
 	@exec $(PY) -m training report $(ARGS)
+
+walkthrough: .venv/test.stamp ## run docs/walkthrough.py and make its notebook, two minutes
+	@exec $(PY) scripts/walkthrough.py $(ARGS)
 
 .venv/serve.stamp: NEEDS := run
 .venv/train.stamp: NEEDS := run train
