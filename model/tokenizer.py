@@ -1,14 +1,15 @@
-"""Text to token ids and back, in Hugging Face ``tokenizers`` format; one token per character by default."""
+"""Text to token ids and back, in Hugging Face ``tokenizers`` format: characters, bytes or learnt byte pairs."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 FILE = "tokenizer.json"
 
@@ -24,6 +25,18 @@ _PLAIN = str.maketrans(
 )
 
 
+def _byte_letters() -> list[str]:
+    """The printable character that stands for each byte in GPT-2's vocabulary, which ``ByteLevel`` uses."""
+    # 188 bytes stand for themselves; the others, in order, for the characters from U+0100 on.
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in plain]
+    return [chr(byte if byte in plain else 0x100 + others.index(byte)) for byte in range(256)]
+
+
+BYTE_LETTERS = _byte_letters()
+_BYTE_OF = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+
+
 class UnknownCharacters(ValueError):
     """A text has characters that the vocabulary lacks. ``found`` holds (position, character), in order."""
 
@@ -33,17 +46,44 @@ class UnknownCharacters(ValueError):
         super().__init__(f"the vocabulary has no {shown}")
 
 
+class Speller:
+    """The text of one sequence's ids as they come: a character is told with the token that brings its last byte."""
+
+    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def __call__(self, token_id: int) -> str:
+        """What this id adds to the text; nothing while its character lacks bytes."""
+        return self._decoder.decode(self._token_bytes[token_id])
+
+    def finish(self) -> str:
+        """U+FFFD if the sequence ends inside a character, else nothing. The next id begins another text."""
+        tail = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return tail
+
+
 class Tokenizer:
-    """A vocabulary with its rule. Every string of ``tokens`` is the text of the id at its index."""
+    """A vocabulary with its rule.
+
+    ``token_bytes`` are the UTF-8 bytes of the id at each index. ``tokens`` are for people, and no two are alike: the
+    text of each id, or ``bytes:\\xc3`` and the like for one whose bytes alone are no text.
+    """
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self._inner = inner
         ids = inner.get_vocab()
-        self.tokens = sorted(ids, key=lambda token: ids[token])
+        spellings = sorted(ids, key=lambda token: ids[token])
         if sorted(ids.values()) != list(range(len(ids))):
             raise ValueError("the ids of its tokens are not 0, 1, 2, ...")
-        self._characters = frozenset("".join(self.tokens))
-        self._id_of = {token: ids[token] for token in self.tokens}
+        self.is_of_bytes = isinstance(inner.decoder, decoders.ByteLevel)
+        self.token_bytes = [_bytes_of(each) if self.is_of_bytes else each.encode() for each in spellings]
+        self.tokens = [_shown(each) for each in self.token_bytes]
+        self._id_of = {token: index for index, token in enumerate(self.tokens)}
+        if len(self._id_of) != len(self.tokens):
+            raise ValueError("two of its tokens are shown alike")
+        self._characters = frozenset("".join(spellings))
 
     @classmethod
     def of_characters(cls, text: str) -> Tokenizer:
@@ -55,6 +95,27 @@ class Tokenizer:
         return cls(inner)
 
     @classmethod
+    def of_bytes(cls) -> Tokenizer:
+        """One token for every byte, its id the byte's value: every text can be spelled."""
+        vocabulary = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+        return cls(_byte_level(models.BPE(vocabulary, [])))
+
+    @classmethod
+    def of_bpe(cls, text: str, vocab_size: int) -> Tokenizer:
+        """All 256 bytes, and the byte pairs that joining the most frequent ones of a text gives (Sennrich et al. 2016).
+
+        A text without so many pairs gives a smaller vocabulary.
+        """
+        if vocab_size < 256:
+            raise ValueError(f"vocab_size is {vocab_size}; the bytes alone are 256")
+        inner = _byte_level(models.BPE())
+        inner.train_from_iterator(
+            [text],
+            trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=BYTE_LETTERS, show_progress=False),
+        )
+        return cls(inner)
+
+    @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         return cls(tokenizers.Tokenizer.from_file(str(folder / FILE)))
 
@@ -63,7 +124,9 @@ class Tokenizer:
         return len(self.tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Raises UnknownCharacters when the text cannot be spelled."""
+        """Raises UnknownCharacters when the text cannot be spelled; bytes spell every text."""
+        if self.is_of_bytes:
+            return list(self._inner.encode(text, add_special_tokens=False).ids)
         unknown = [
             (position, character) for position, character in enumerate(text) if character not in self._characters
         ]
@@ -74,10 +137,22 @@ class Tokenizer:
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Their text; U+FFFD where bytes make no character."""
+        if self.is_of_bytes:
+            return b"".join(self.token_bytes[token_id] for token_id in ids).decode(errors="replace")
         return str(self._inner.decode(list(ids), skip_special_tokens=False))
 
+    def speller(self) -> Speller:
+        """For one sequence: it remembers the bytes that have no text yet."""
+        return Speller(self.token_bytes)
+
     def fold(self, text: str) -> str:
-        """The nearest text that the vocabulary can spell: no accents, plain quotes, dashes and line ends, no others."""
+        """The nearest text that the vocabulary can spell: no accents, plain quotes, dashes and line ends, no others.
+
+        Bytes spell every text, so it stays as it is.
+        """
+        if self.is_of_bytes:
+            return text
         plain = text.replace("\r\n", "\n").replace("\r", "\n").translate(_PLAIN)
         return "".join(self._fold_character(character) for character in plain)
 
@@ -95,3 +170,25 @@ class Tokenizer:
             FILE: self._inner.to_str(pretty=True).encode(),
             "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
         }
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def _bytes_of(spelling: str) -> bytes:
+    """The bytes of a token as ``ByteLevel`` spells it. Raises ValueError for another spelling."""
+    try:
+        return bytes(_BYTE_OF[letter] for letter in spelling)
+    except KeyError as error:
+        raise ValueError(f"its token {spelling!r} has {error}, which stands for no byte") from None
+
+
+def _shown(token: bytes) -> str:
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)

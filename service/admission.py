@@ -91,7 +91,7 @@ class Admission:
     def _submit(self, body: AnyTextBody, request_id: str, last_index: int) -> Admitted[AnyTextBody]:
         prompt_ids, prompt_used = self._spell(body)
         seed = secrets.randbits(32) if body.seed is None else body.seed
-        texts, info = self._card.tokenizer.tokens, self._engine.info
+        texts, info, speller = self._card.tokenizer.tokens, self._engine.info, self._card.tokenizer.speller()
         sequence = Sequence(
             prompt_ids,
             _sampling(body, seed),
@@ -100,7 +100,8 @@ class Admission:
             queue_deadline_s=self._queue_timeout_s,
             num_logprobs=body.logprobs,
             max_unread=MAX_UNREAD_TOKENS,
-            spell=texts.__getitem__,
+            spell=speller,
+            spell_rest=speller.finish,
         )
         generation = Generation(
             request_id,

@@ -43,8 +43,8 @@ def tiny_model(seed: int = 0, **overrides: Any) -> Transformer:
     return model
 
 
-def tiny_files(model: Transformer) -> dict[str, bytes]:
-    """The files of a checkpoint of a model, as training writes them."""
+def tiny_files(model: Transformer, tokenizer: Tokenizer | None = None) -> dict[str, bytes]:
+    """The files of a checkpoint of a model, as training writes them; its tokens are CHARACTERS unless told."""
     facts = {
         "config": {},
         "corpus": {"name": "none", "sha256": {}},
@@ -58,10 +58,12 @@ def tiny_files(model: Transformer) -> dict[str, bytes]:
         "routing_baseline": [[1 / model.config.num_experts] * model.config.num_experts] * model.config.num_layers,
         "max_load": 1.0,
     }
-    return record.serving_files(record.as_served(model), Tokenizer.of_characters(CHARACTERS), facts)
+    return record.serving_files(record.as_served(model), tokenizer or Tokenizer.of_characters(CHARACTERS), facts)
 
 
-def tiny_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+def tiny_checkpoint(folder: Path, seed: int = 0, tokenizer: Tokenizer | None = None, **overrides: Any) -> Path:
     """Write a small checkpoint to a new folder."""
-    checkpoint.save(folder, tiny_files(tiny_model(seed, **overrides)))
+    if tokenizer:
+        overrides["vocab_size"] = tokenizer.vocab_size
+    checkpoint.save(folder, tiny_files(tiny_model(seed, **overrides), tokenizer))
     return folder

@@ -96,7 +96,7 @@ def script(path: Path, text: str) -> str:
 
 def test_make_alone_lists_every_command(checkout: Path) -> None:
     listed = re.findall(r"^  make (\w+)", make(checkout).stdout, re.MULTILINE)
-    assert set(listed) == {"help", "serve", "test", "train", "lint", "bench", "prove", "evidence"}
+    assert set(listed) == {"help", "serve", "test", "train", "lint", "bench", "prove", "evidence", "walkthrough"}
 
 
 def test_an_old_python_is_refused_in_one_line(checkout: Path) -> None:

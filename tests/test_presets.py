@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_a_preset_that_reproduces_another_work_says_where_that_is_published_and_
 
 
 def test_four_thousand_experts_load_and_stream(tmp_path: Path, serve: Serve) -> None:
-    sizes = {"num_experts": 4096, "num_groups": 64, "groups_per_token": 2, "experts_per_token": 4}
+    sizes: dict[str, Any] = {"num_experts": 4096, "num_groups": 64, "groups_per_token": 2, "experts_per_token": 4}
     folder = tiny_checkpoint(tmp_path / "many", **sizes, num_layers=1, expert_size=16, activation="relu")
     assert_streams(serve(folder), checkpoint.load(folder))
 
@@ -94,7 +95,7 @@ def test_what_a_hierarchical_model_cannot_do_without_is_refused_and_what_it_can_
     tmp_path: Path, serve: Serve
 ) -> None:
     """3 groups of 4, and a token takes 2 in each of 2: a group with 1 left is passed over, and two must remain."""
-    sizes = {"num_experts": 12, "num_groups": 3, "groups_per_token": 2, "experts_per_token": 4}
+    sizes: dict[str, Any] = {"num_experts": 12, "num_groups": 3, "groups_per_token": 2, "experts_per_token": 4}
     server = serve(tiny_checkpoint(tmp_path / "groups", **sizes))
     passed_over = [[0, expert] for expert in (0, 1, 2)]
     counts = server.answer(max_new_tokens=20, disabled_experts=[*passed_over, [0, 4]])["routing"]["counts"]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jupytext  # type: ignore[import-untyped]
+import jupytext
 import nbformat
 from nbformat import NotebookNode
 
@@ -16,6 +16,7 @@ from training.corpora import Corpus
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "docs" / "walkthrough.py"
+NOTEBOOK = nbformat.read(SCRIPT.with_suffix(".ipynb"), as_version=4)
 
 SMALL = """# %% [markdown]
 # Two numbers
@@ -27,14 +28,6 @@ print(number)
 # %%
 print(number + 1)
 """
-
-
-def read(path: Path) -> NotebookNode:
-    notebook: NotebookNode = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
-    return notebook
-
-
-NOTEBOOK = read(SCRIPT.with_suffix(".ipynb"))
 
 
 def cells(notebook: NotebookNode) -> list[tuple[str, str]]:
@@ -88,7 +81,7 @@ def test_a_notebook_is_made_with_what_its_cells_print(tmp_path: Path) -> None:
     (tmp_path / "small.py").write_text(SMALL)
     done = run("scripts/walkthrough.py", tmp_path / "small.py")
     assert done.returncode == 0, done.stderr
-    made = read(tmp_path / "small.ipynb")
+    made = nbformat.read(tmp_path / "small.ipynb", as_version=4)
     assert printed(made) == "1\n2\n"
     assert [cell.id for cell in made.cells] == ["cell-0", "cell-1", "cell-2"]
     assert cells(made)[0] == ("markdown", "Two numbers")

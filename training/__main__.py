@@ -14,6 +14,8 @@ from training import config as configs
 if TYPE_CHECKING:
     import torch
 
+    from model.checkpoint import Checkpoint
+    from model.tokenizer import Tokenizer
     from training.corpora import Corpus
     from training.parallel import Ranks
     from training.trainer import Trainer
@@ -61,6 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="print text")
     sample.set_defaults(command=_sample)
     _add_checkpoint(sample)
+    sample.add_argument(
+        "--items", type=int, metavar="N", help="write N new items of a model that was trained on --items"
+    )
+    sample.add_argument("--data", type=Path, help="the file that it was trained on, for --items to mark known ones")
     sample.add_argument("prompt", nargs="?", default="")
     sample.add_argument("--length", type=int, default=500, metavar="TOKENS")
     sample.add_argument("--temperature", type=float, default=0.8)
@@ -102,6 +108,8 @@ def _train(arguments: argparse.Namespace) -> None:
     run = RUNS / (arguments.run or arguments.preset)
     if run.parent != RUNS or run.name in ("", ".", ".."):
         raise configs.BadConfig(f"--run is {arguments.run}; it is the plain name of a folder below {RUNS}/")
+    if config.items and not arguments.data:
+        raise configs.BadConfig("items are the lines of a file; add --data FILE, or leave --items out")
     ranks = Ranks.from_environment()
     if config.batch_size % ranks.size:
         raise configs.BadConfig(f"batch_size is {config.batch_size}; {ranks.size} ranks must share it evenly")
@@ -113,7 +121,7 @@ def _train(arguments: argparse.Namespace) -> None:
         raise configs.BadConfig(f"{run} has checkpoints already; add --resume to go on, or name another with --run")
     with ranks.joined(device):
         with ranks.first_goes_ahead(device):
-            corpus = _corpus(arguments.data, config.corpus)
+            corpus = _corpus(arguments.data, config.corpus, config.items)
         start = Trainer.resume if arguments.resume else Trainer
         trainer = start(config, corpus, run, device, ranks)
         if ranks.is_first:
@@ -149,18 +157,36 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     import torch
 
     from model import checkpoint
+    from training.baselines import bits_per_character
     from training.evaluate import evaluate, stream_loss
 
     loaded = checkpoint.load(arguments.checkpoint, _device(arguments.device))
-    text = _corpus(arguments.data, arguments.corpus).validation
-    ids = torch.tensor(loaded.tokenizer.encode(text), device=loaded.model.device)
+    corpus = _corpus(arguments.data, arguments.corpus, _of_items(loaded))
+    ids = torch.tensor(loaded.tokenizer.encode(corpus.validation), device=loaded.model.device)
     result = evaluate(loaded.model, ids)
     print(f"validation loss  {result.loss:.4f} nats per token over {result.num_windows} windows")
+    bits = bits_per_character(result.loss, len(ids), len(corpus.validation))
+    print(f"                 {bits:.4f} bits per character")
+    print(f"bigram counts    {_bigram(loaded.tokenizer, corpus, ids)}")
     print(f"while streaming  {stream_loss(loaded.model, ids):.4f} nats per token over {len(ids) - 1:,} tokens")
     balance = f"busiest {result.max_load:.2f} x the mean, entropy {result.min_entropy:.4f}, {result.num_idle} idle"
     print(f"experts          {balance}")
     for layer, shares in enumerate(result.shares):
         print(f"  layer {layer}  " + "  ".join(f"{share:6.1%}" for share in shares))
+
+
+def _bigram(tokenizer: Tokenizer, corpus: Corpus, validation_ids: torch.Tensor) -> str:
+    """What pairs counted in the training text reach, if the tokenizer spells it: only its other part is scored."""
+    import torch
+
+    from model.tokenizer import UnknownCharacters
+    from training.baselines import bigram_loss
+
+    try:
+        train_ids = torch.tensor(tokenizer.encode(corpus.train), device=validation_ids.device)
+    except UnknownCharacters as error:
+        return f"none: of the training text, {error}"
+    return f"{bigram_loss(train_ids, validation_ids, tokenizer.vocab_size):.4f} nats per token"
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -169,9 +195,13 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     _require_sampling(arguments)
     loaded = checkpoint.load(arguments.checkpoint, _device(arguments.device))
+    if arguments.items is not None:
+        _sample_items(arguments, loaded)
+        return
     start = arguments.prompt or loaded.tokenizer.fold("\n") or loaded.tokenizer.tokens[0]
     prompt_ids = loaded.tokenizer.encode(start)
-    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
+    seed = _seed(arguments)
+    spell = loaded.tokenizer.speller()
     print(arguments.prompt, end="", flush=True)
     for token_id in stream(
         loaded.model,
@@ -182,8 +212,27 @@ def _sample(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         seed=seed,
     ):
-        print(loaded.tokenizer.decode([token_id]), end="", flush=True)
-    print()
+        print(spell(token_id), end="", flush=True)
+    print(spell.finish())
+
+
+def _sample_items(arguments: argparse.Namespace, loaded: Checkpoint) -> None:
+    """New items, one a line; what the training text holds as well is marked."""
+    from training.sample import items
+
+    known = set(_corpus(arguments.data, "", _of_items(loaded)).train.split("\n"))
+    options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
+    written = []
+    for item in items(
+        loaded.model, loaded.tokenizer, arguments.items, arguments.length, **options, seed=_seed(arguments)
+    ):
+        print(f"{item} (known)" if item in known else item, flush=True)
+        written.append(item)
+    print(f"{len(written)} items, {sum(item in known for item in written)} of them known from the training text")
+
+
+def _seed(arguments: argparse.Namespace) -> int:
+    return secrets.randbelow(2**32) if arguments.seed is None else int(arguments.seed)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -193,7 +242,7 @@ def _report(arguments: argparse.Namespace) -> None:
     if arguments.windows < 1:
         raise configs.BadConfig(f"--windows is {arguments.windows}; it must be at least 1")
     loaded = checkpoint.load(arguments.checkpoint, _device(arguments.device))
-    corpus = _corpus(arguments.data, arguments.corpus or loaded.training["corpus"]["name"])
+    corpus = _corpus(arguments.data, arguments.corpus or loaded.training["corpus"]["name"], _of_items(loaded))
     output = arguments.output or arguments.checkpoint
     write(loaded, corpus, output, windows=arguments.windows, run=arguments.run, control=arguments.control)
     print(f"read it:  {output / 'README.md'}")
@@ -203,6 +252,7 @@ def _require_sampling(arguments: argparse.Namespace) -> None:
     """The bounds of the service's options of the same names."""
     bounds = {
         "length": (1, 10**9),
+        "items": (1, 10**9),
         "temperature": (0, 2),
         "top_k": (0, 10**9),
         "top_p": (1e-9, 1),
@@ -212,6 +262,8 @@ def _require_sampling(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not low <= value <= high:
             raise configs.BadConfig(f"--{name.replace('_', '-')} is {value}; it must be between {low} and {high}")
+    if arguments.items is not None and (arguments.prompt or not arguments.data):
+        raise configs.BadConfig("--items takes no prompt, and --data FILE with the items that the model was trained on")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -228,10 +280,17 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"serve it:  make serve CHECKPOINT={arguments.target}")
 
 
-def _corpus(data: Path | None, name: str) -> Corpus:
+def _corpus(data: Path | None, name: str, of_items: bool) -> Corpus:
     from training import corpora
 
-    return corpora.from_file(data) if data else corpora.load(name)
+    if not data:
+        return corpora.load(name)
+    return corpora.items_from_file(data) if of_items else corpora.from_file(data)
+
+
+def _of_items(loaded: Checkpoint) -> bool:
+    """Whether a file was split by items for it; split otherwise, what it trained on would be scored."""
+    return bool(loaded.training.get("config", {}).get("items"))
 
 
 def _device(name: str) -> torch.device:
@@ -284,7 +343,7 @@ def _expected_errors() -> list[type[Exception]]:
 
 def _speaks_of(error: Exception) -> bool:
     """Under torchrun all ranks refuse the same; the first says so. What befell one rank alone, that rank says."""
-    if "WORLD_SIZE" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:
         return True
     from training.parallel import RankLost, Ranks
 

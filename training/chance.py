@@ -85,8 +85,8 @@ class ChanceOfLayer:
         if self.of.config.router_noise != "gaussian":
             return None
         std = F.softplus(F.linear(x.float(), self.of.noise[_noise_name(self.index)]))
-        # Half a step up, so that no draw is 0, whose normal would be infinite.
-        drawn = self._uniform("noise", self.of.places, std.shape[-1]) + 2.0**-54
+        # Half a step up, and never 1: the normals of 0 and 1 are infinite.
+        drawn = (self._uniform("noise", self.of.places, std.shape[-1]) + 2.0**-54).clamp(max=1 - 2.0**-53)
         return Noise(torch.special.ndtri(drawn).to(std) * std, std)
 
     def drop_update(self, update: Tensor, source: str) -> Tensor:

@@ -13,6 +13,7 @@ from model.config import ModelConfig, UnsupportedConfig
 
 PRESETS = Path(__file__).parent / "presets"
 CHOICES: dict[str, tuple[str, ...]] = {
+    "tokenizer": ("character", "byte", "bpe"),
     "router_noise": ("none", "gaussian", "jitter"),
     "init": ("zero_output", "kaiming", "xavier", "truncated_normal"),
 }
@@ -28,9 +29,13 @@ class TrainingConfig:
     """One run. Lengths are in tokens, rates are peaks; ``shape`` holds ModelConfig's fields but for the vocabulary.
 
     A capacity_factor of 0 sets no limit to what an expert takes; jitter is the width of the router noise of that name.
+    With items, every line of the training file is an item of its own, such as a name.
     """
 
     corpus: str = "shakespeare"
+    items: bool = False
+    tokenizer: str = "character"
+    bpe_vocab_size: int = 512  # what a tokenizer of the kind bpe learns: the 256 bytes and their pairs
     steps: int = 1000
     batch_size: int = 24
     seed: int = 1
@@ -61,8 +66,10 @@ class TrainingConfig:
             value = getattr(self, name)  # written so that NaN is out of range as well
             _require(0 <= value < 2**63, f"{name} is {value}; it must be at least 0 and below 2^63")
         _require(0 <= self.warmdown_share <= 1, f"warmdown_share is {self.warmdown_share}; it must be between 0 and 1")
+        _require(self.bpe_vocab_size >= 256, f"bpe_vocab_size is {self.bpe_vocab_size}; the bytes alone are 256")
         for name in ("dropout", "expert_dropout", "jitter"):
             _require(getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be below 1")
+        _require(isinstance(self.items, bool), f"items is {self.items!r}; it must be true or false")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, f"{name} is {value!r}; it must be one of {', '.join(choices)}")
@@ -115,6 +122,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     }
     for name in [*(f.name for f in fields(TrainingConfig) if f.name != "shape"), *SHAPE_FIELDS]:
         flag = "--" + name.replace("_", "-")
+        if isinstance(defaults[name], bool):  # bool("False") is true, so these take no word: --items, --no-items
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+            continue
         # A wrong word is refused where a preset's is, in the same one line.
         shown = "|".join({**CHOICES, **SHAPE_CHOICES}.get(name, [str(defaults[name])]))
         parser.add_argument(flag, type=type(defaults[name]), default=argparse.SUPPRESS, metavar=shown)

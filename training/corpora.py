@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import re
 import urllib.error
 import urllib.request
@@ -15,6 +16,7 @@ from pathlib import Path
 
 DATA = Path("data")
 TRAIN_SHARE = 0.9
+ITEMS_SEED = 1
 
 TINY_FILE = "tinyshakespeare.txt"
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -92,12 +94,27 @@ def load(name: str) -> Corpus:
 
 def from_file(path: Path) -> Corpus:
     """Any text file: the first 90 % to train on, the rest to validate. Raises CorpusUnavailable."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorpusUnavailable(f"{path} cannot be read as UTF-8 text: {error}") from None
+    text = _read(path)
     cut = int(TRAIN_SHARE * len(text))
     return Corpus(path.stem, text[:cut], text[cut:])
+
+
+def items_from_file(path: Path) -> Corpus:
+    """A text file of one item a line, such as names: 90 % of the items to train on, the rest to validate.
+
+    The rule: lines are stripped, empty ones dropped, the others shuffled by ``random.Random(ITEMS_SEED)``, since lists
+    are often sorted. Of the different items, in the order in which the shuffled lines name them, the last 10 % are held
+    out; a repeated line goes with its item, so that no item is in both parts. Each part is its items joined by
+    newlines, with a newline at both ends: every item begins after one and ends before one. Raises CorpusUnavailable.
+    """
+    lines = [line.strip() for line in _read(path).split("\n") if line.strip()]
+    random.Random(ITEMS_SEED).shuffle(lines)
+    items = list(dict.fromkeys(lines))
+    held_out = set(items[int(TRAIN_SHARE * len(items)) :])
+    train, validation = (
+        "\n".join(["", *(line for line in lines if (line in held_out) is held), ""]) for held in (False, True)
+    )
+    return Corpus(path.stem, train, validation)
 
 
 def extended(tiny: str) -> str:
@@ -134,6 +151,13 @@ def as_dialogue(play: str) -> str:
             continue
         in_speech = speech is not None
     return "".join(written).lstrip("\n")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusUnavailable(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
 def _source(name: str, url: str) -> bytes:

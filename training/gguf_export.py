@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from model.tokenizer import Tokenizer
+from model.tokenizer import BYTE_LETTERS, Tokenizer
 from model.transformer import Transformer
 
 ARCHITECTURE = "qwen3moe"
@@ -85,7 +85,8 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
         return Vocabulary(spelled, sorted({merge for each in spelled for merge in _merges(each)}, key=len))
     if kind == "BPE" and _is_plain_byte_level(rule):
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in rule["model"]["merges"]]
-        return Vocabulary(tokenizer.tokens, merges)
+        ids: dict[str, int] = rule["model"]["vocab"]
+        return Vocabulary(sorted(ids, key=ids.__getitem__), merges)
     raise NoCounterpart(
         f"tokenizer.json's model.type is {kind!r} in a form that is neither characters nor GPT-2's bytes"
     )
@@ -100,10 +101,7 @@ def _is_plain_byte_level(rule: dict[str, Any]) -> bool:
 
 def _spelling(character: str) -> str:
     """A character's UTF-8 bytes, each as the printable character that stands for it in GPT-2's vocabulary."""
-    # 188 bytes stand for themselves; the others, in order, for the characters from U+0100 on.
-    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in plain]
-    return "".join(chr(byte if byte in plain else 0x100 + others.index(byte)) for byte in character.encode())
+    return "".join(BYTE_LETTERS[byte] for byte in character.encode())
 
 
 def _merges(spelled: str) -> Iterator[str]:

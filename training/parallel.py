@@ -34,7 +34,7 @@ class Ranks:
     @classmethod
     def from_environment(cls) -> Ranks:
         """What torchrun says of this process; one rank alone where it says nothing."""
-        if "WORLD_SIZE" not in os.environ:
+        if "LOCAL_RANK" not in os.environ:
             return cls()
         return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 

@@ -67,14 +67,16 @@ def sample(model: Transformer, tokenizer: Tokenizer, length: int = 200) -> str:
 def card(name: str, config: ModelConfig, facts: dict[str, Any], text: str) -> str:
     """A short model card in Markdown; ``python -m training report`` writes the long one."""
     sample = f"## A sample, temperature 0.8\n\n```\n{text.strip()}\n```\n"
-    return "\n\n".join((introduction(name, config), training_section(config, facts), sample))
+    return "\n\n".join((introduction(name, config, facts), training_section(config, facts), sample))
 
 
-def introduction(name: str, config: ModelConfig) -> str:
+def introduction(name: str, config: ModelConfig, facts: dict[str, Any]) -> str:
     """What the model is, and its shape."""
+    kind = facts["config"].get("tokenizer", "character")  # an older run knew no other
+    written = {"byte": "one byte", "bpe": "a few letters"}.get(kind, "one character")
     return f"""# {name}
 
-A sparse mixture-of-experts language model that writes one character at a time. It continues text in the manner of its
+A sparse mixture-of-experts language model that writes {written} at a time. It continues text in the manner of its
 corpus; it is no assistant, knows no facts and follows no instructions.
 
 - {config.num_parameters:,} parameters, {config.num_active_parameters:,} of them at work for each token
@@ -97,12 +99,20 @@ def training_section(config: ModelConfig, facts: dict[str, Any]) -> str:
 - corpus `{facts["corpus"]["name"]}`; {facts["steps"]:,} steps, {facts["tokens"]:,} tokens, {minutes:.0f} minutes
 - validation loss **{facts["validation_loss"]:.4f}** nats per token over {facts["validation_windows"]} exact windows of
   {config.context_length} inputs, with the weights as they are in this folder (rounded to bfloat16)
-
+{_beside_bigrams(facts)}
 {passed}
 - the busiest expert of the worst balanced layer takes {facts["max_load"]:.2f} times the mean load
 
 `training.json` has the whole record: settings, loss curve, digests of the corpus, and each expert's share of the work
 on the validation text."""
+
+
+def _beside_bigrams(facts: dict[str, Any]) -> str:
+    """A line of the list, or nothing for a record that is older than these figures."""
+    if "bigram_loss" not in facts:
+        return ""
+    bits, bigram = facts["bits_per_character"], facts["bigram_loss"]
+    return f"- {bits:.4f} bits per character; counts of token pairs reach {bigram:.4f} nats per token\n"
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -83,9 +83,16 @@ def forget_metrics_after(run: Path, step: int) -> None:
     path = run / "metrics.jsonl"
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    # The last line may have been cut off by a kill.
-    path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))
+    kept = "".join(json.dumps(values) + "\n" for values in read_metrics(run) if values["step"] <= step)
+    beside = path.with_name("metrics.jsonl.new")  # so that a kill leaves the old file or the new one
+    beside.write_text(kept)
+    beside.replace(path)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All lines of ``metrics.jsonl``, but for a last one that a kill has cut off. Raises OSError."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 def require_writable(run: Path) -> None:

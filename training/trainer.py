@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +24,7 @@ from model import checkpoint
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training import record, runs
+from training.baselines import bigram_loss, bits_per_character
 from training.chance import chance_in, noise_weights
 from training.config import BadConfig, TrainingConfig
 from training.corpora import Corpus
@@ -43,18 +45,18 @@ class Trainer:
     def __init__(
         self, config: TrainingConfig, corpus: Corpus, run: Path, device: torch.device, ranks: Ranks = ALONE
     ) -> None:
-        _require_windows(corpus, config.model_config(vocab_size=1).context_length)
         self.config = config
         self.corpus = corpus
         self.run = run
         self.ranks = ranks
-        self.tokenizer = Tokenizer.of_characters(corpus.train + corpus.validation)
+        self.tokenizer = _tokenizer_of(config, corpus)
+        parts = [self.tokenizer.encode(text) for text in (corpus.train, corpus.validation)]
+        _require_windows(corpus.name, min(map(len, parts)), config)
+        self.train_ids, self.validation_ids = (torch.tensor(ids, device=device) for ids in parts)
         self.model = Transformer(config.model_config(self.tokenizer.vocab_size)).to(device)
         initialise(self.model, config.seed, config.init)
         self.noise = noise_weights(config, self.model.config, device)
         self.optimizer = Optimizer(self.model, _learning_rates(config), config.clip_norm, self.noise)
-        self.train_ids = torch.tensor(self.tokenizer.encode(corpus.train), device=device)
-        self.validation_ids = torch.tensor(self.tokenizer.encode(corpus.validation), device=device)
         self.history = History()
 
     @classmethod
@@ -73,8 +75,8 @@ class Trainer:
         trainer.model.load_state_dict(weights)
         trainer.optimizer.restore(state)
         trainer.history = History.from_record(facts)
-        if not runs.is_whole(trainer.best_folder):  # the step it resumes from is the best that is left
-            trainer.history.best = lowest(trainer.history.loss_curve[-1:])
+        curve = trainer.history.loss_curve
+        trainer.history.best = lowest([at for at in curve if runs.is_whole(runs.step_folder(run, int(at["step"])))])
         return trainer
 
     @property
@@ -167,8 +169,14 @@ class Trainer:
         best = self.history.best
         return runs.step_folder(self.run, int(best["step"]) if best else self.history.step)
 
+    @cached_property
+    def _bigram_loss(self) -> float:
+        """Counted once: neither text changes during a run."""
+        return bigram_loss(self.train_ids, self.validation_ids, self.tokenizer.vocab_size)
+
     def _facts(self, result: Evaluation) -> dict[str, Any]:
         """The training record, but for what depends on the weights alone."""
+        bits = bits_per_character(result.loss, len(self.validation_ids), len(self.corpus.validation))
         return {
             "config": self.config.as_dict(),
             "corpus": {"name": self.corpus.name, "sha256": self.corpus.digests},
@@ -177,6 +185,8 @@ class Trainer:
             **self.history.as_record(),
             "validation_loss": round(result.loss, 5),
             "validation_windows": result.num_windows,
+            "bits_per_character": round(bits, 5),
+            "bigram_loss": round(self._bigram_loss, 5),
             "routing_baseline": result.shares,
             "max_load": round(result.max_load, 4),
         }
@@ -221,12 +231,19 @@ def _require_finite(loss: float, step: int) -> None:
         raise Diverged(f"the loss is {loss} after step {step}; lower the learning rates, and start the run anew")
 
 
-def _require_windows(corpus: Corpus, length: int) -> None:
-    shortest = min(len(corpus.train), len(corpus.validation))
+def _tokenizer_of(config: TrainingConfig, corpus: Corpus) -> Tokenizer:
+    """Pairs are learnt from the training text alone; characters have to spell the validation text as well."""
+    if config.tokenizer == "byte":
+        return Tokenizer.of_bytes()
+    if config.tokenizer == "bpe":
+        return Tokenizer.of_bpe(corpus.train, config.bpe_vocab_size)
+    return Tokenizer.of_characters(corpus.train + corpus.validation)
+
+
+def _require_windows(name: str, shortest: int, config: TrainingConfig) -> None:
+    length = config.model_config(vocab_size=1).context_length
     if shortest <= length:
-        raise BadConfig(
-            f"{corpus.name} has a part of {shortest:,} characters; context_length {length} needs more in both"
-        )
+        raise BadConfig(f"{name} has a part of {shortest:,} tokens; context_length {length} needs more in both")
 
 
 def require_resumable(config: TrainingConfig, run: Path) -> tuple[Path, dict[str, Any]]:
@@ -240,8 +257,11 @@ def require_resumable(config: TrainingConfig, run: Path) -> tuple[Path, dict[str
 def _require_same(config: TrainingConfig, facts: dict[str, Any], run: Path) -> None:
     """A resumed run may go on for longer and be looked at more often; anything else would be another run."""
     may_change = {"steps", "evaluate_every"}
-    begun_with = {**TrainingConfig().as_dict(), **facts["config"]}  # an older run had an option's default
-    changed = [name for name, value in config.as_dict().items() if begun_with[name] != value]
+    # An older run had the default of an option that came later; a shape may spell its defaults out or not.
+    begun = TrainingConfig(**{**TrainingConfig().as_dict(), **facts["config"]})
+    changed = [name for name, value in config.as_dict().items() if getattr(begun, name) != value]
+    if begun.model_config(vocab_size=1) == config.model_config(vocab_size=1):
+        changed = [name for name in changed if name != "shape"]
     if changed := [name for name in changed if name not in may_change]:
         raise BadConfig(
             f"{run} was begun with another {', '.join(changed)}; resume it with the same, or name another run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -173,11 +174,13 @@ class Engine:
             sequence.first_token_at = self._clock()
         sequence.token_ids.append(token.token_id)
         self._generated += 1
-        sequence.held.append(token)
+        is_last = len(sequence.token_ids) == sequence.params.max_new_tokens
+        # What lacks bytes for ever is told with the last token: a token that is told is not taken back.
+        sequence.held.append(replace(token, text=token.text + sequence.spell_rest()) if is_last else token)
         told, has_stopped = release(sequence.held, sequence.params.stop)
         if has_stopped:
             return (*told, *self._end(sequence, FinishReason.STOP))
-        if len(sequence.token_ids) == sequence.params.max_new_tokens:
+        if is_last:
             return (*told, *self._end(sequence, FinishReason.LENGTH))
         return tuple(told)
 

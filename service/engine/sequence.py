@@ -91,7 +91,8 @@ class Sequence:
 
     num_prefilled counts the prompt's ids that the model has read, num_fed all that it has read: drawn ones too.
     num_taken is written by whoever reads the events, and read by the engine: with more than max_unread tokens that
-    nobody has taken, the sequence is paused.
+    nobody has taken, the sequence is paused. ``spell`` is called once for each drawn id, in order, for what it adds to
+    the text, and ``spell_rest`` when no more will be drawn, for what still lacks bytes.
     """
 
     prompt_ids: tuple[int, ...]
@@ -102,6 +103,7 @@ class Sequence:
     num_logprobs: int | None = None
     max_unread: int | None = None
     spell: Callable[[int], str] = field(default=lambda token_id: "", repr=False)
+    spell_rest: Callable[[], str] = field(default=lambda: "", repr=False)
 
     created_at: float = field(default_factory=time.monotonic)
     admitted_at: float | None = None

@@ -44,10 +44,9 @@ def _cut(held: list[DrawnToken], length: int) -> list[DrawnToken]:
     """The tokens of the first ``length`` characters."""
     kept = []
     for token in _take(held, len(held)):
+        if not length:  # before the token is looked at: one without text may be the stop string's first byte
+            break
         text = token.text[:length]
         length -= len(text)
-        if text or not token.text:
-            kept.append(replace(token, text=text))
-        if not length:
-            break
+        kept.append(replace(token, text=text))
     return kept

@@ -1,4 +1,4 @@
-"""One token per character, both ways, for us and for transformers; what cannot be spelled is named or folded."""
+"""Characters, bytes and byte pairs, both ways, for us and for transformers; what has no spelling is named or folded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from model.tokenizer import Tokenizer, UnknownCharacters
 from tests.checkpoints import CHARACTERS
 
 TOKENIZER = Tokenizer.of_characters(CHARACTERS)
+TEXTS = ("ROMEO:\n  But soft,  what light?\n\n", " caf\u00e9 ", "a\r\n\tb", "\U0001f642\u20ac \u4f60\u597d, e\u0301")
+OF_BYTES = [Tokenizer.of_bytes(), Tokenizer.of_bpe("".join(TEXTS) * 3, 290)]
 
 
 @given(st.text(alphabet=CHARACTERS))
@@ -54,12 +56,79 @@ def test_folded_text_can_always_be_spelled(text: str) -> None:
     assert TOKENIZER.fold(folded) == folded
 
 
+def written(tokenizer: Tokenizer, folder: Path) -> Path:
+    for name, content in tokenizer.files().items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
 def test_transformers_reads_the_same_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    for name, content in TOKENIZER.files().items():
-        (tmp_path / name).write_bytes(content)
-    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    theirs = AutoTokenizer.from_pretrained(str(written(TOKENIZER, tmp_path)))
     text = "ROMEO:\n  But soft,  what light?\n\n"
     assert theirs.encode(text) == TOKENIZER.encode(text)
     assert theirs.decode(TOKENIZER.encode(text)) == text
+
+
+@pytest.mark.parametrize("tokenizer", OF_BYTES)
+def test_transformers_reads_bytes_as_we_do(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(written(tokenizer, tmp_path)))
+    ours = Tokenizer.load(tmp_path)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert theirs.encode(text) == ids == tokenizer.encode(text)
+        assert theirs.decode(ids) == ours.decode(ids) == text
+    broken = tokenizer.encode(TEXTS[-1])[1:-1] * 2
+    assert theirs.decode(broken) == ours.decode(broken)
+
+
+@pytest.mark.parametrize("tokenizer", OF_BYTES)
+@given(text=st.text())
+def test_bytes_spell_every_text_and_nothing_is_folded(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert b"".join(tokenizer.token_bytes[token_id] for token_id in ids) == text.encode()
+    assert tokenizer.fold(text) == text
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, *OF_BYTES])
+@given(data=st.data())
+def test_a_speller_tells_piece_by_piece_what_the_whole_decodes_to(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
+    spell = tokenizer.speller()
+    told = "".join(map(spell, ids)) + spell.finish()
+    assert told == b"".join(tokenizer.token_bytes[token_id] for token_id in ids).decode("utf-8", errors="replace")
+    assert told == tokenizer.decode(ids)
+
+
+def test_a_character_is_told_with_its_last_byte_and_half_a_one_at_the_end() -> None:
+    spell = Tokenizer.of_bytes().speller()
+    assert [spell(byte) for byte in "\u20aca".encode()] == ["", "", "\u20ac", "a"]
+    assert [spell(byte) for byte in "\u20ac".encode()[:2]] == ["", ""]
+    assert spell.finish() == "\ufffd"
+    assert (spell(ord("a")), spell.finish()) == ("a", "")
+
+
+def test_a_byte_is_its_own_id_and_shown_so_that_no_two_tokens_are_alike() -> None:
+    tokenizer = Tokenizer.of_bytes()
+    assert tokenizer.encode("a\u00e9\n") == [97, 0xC3, 0xA9, 10]
+    assert tokenizer.token_bytes == [bytes([byte]) for byte in range(256)]
+    assert (tokenizer.tokens[97], tokenizer.tokens[10], tokenizer.tokens[0xC3]) == ("a", "\n", "bytes:\\xc3")
+    assert len(set(tokenizer.tokens)) == 256
+
+
+def test_pairs_are_learnt_from_a_text_on_top_of_all_bytes() -> None:
+    learnt = Tokenizer.of_bpe(" the theatre, the thesis" * 20, 260)
+    assert learnt.vocab_size == 260
+    assert {bytes([byte]) for byte in range(256)} < set(learnt.token_bytes)
+    assert " the" in learnt.tokens
+    assert [learnt.tokens[token_id] for token_id in learnt.encode(" the the")] == [" the", " the"]
+    assert Tokenizer.of_bpe("ab", 1000).vocab_size == 257
+
+
+def test_a_vocabulary_without_all_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="256"):
+        Tokenizer.of_bpe("ab", 255)

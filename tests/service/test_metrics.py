@@ -106,7 +106,7 @@ def test_thousands_of_experts_make_few_series_and_the_sums_stay_true(
     start_server: StartServer, tmp_path: Path, at: At, evidence: Evidence, num_experts: int
 ) -> None:
     layers = at(1, 6)
-    sizes = {"num_layers": layers, "num_experts": num_experts, "expert_size": 16}
+    sizes: dict[str, Any] = {"num_layers": layers, "num_experts": num_experts, "expert_size": 16}
     checkpoint = tiny_checkpoint(tmp_path / "many", **sizes)
     server = start_server("--checkpoint", checkpoint, "--slots", 4).wait_until_ready()
     told = dict(server.events("ROMEO:", max_new_tokens=20))["done"]["routing"]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from model.tokenizer import Tokenizer
+from tests.checkpoints import tiny_model
+from tests.training.processes import VERSE, train, training
+from training import record
 from training.baselines import bigram_loss, bits_per_character
 
 
@@ -24,3 +31,34 @@ def test_a_bigram_that_has_seen_nothing_guesses_uniformly() -> None:
 def test_bits_per_character_count_characters_and_not_tokens() -> None:
     assert bits_per_character(math.log(2), num_tokens=7, num_characters=7) == pytest.approx(1)
     assert bits_per_character(math.log(2), num_tokens=7, num_characters=14) == pytest.approx(0.5)
+
+
+def test_a_run_its_card_and_its_evaluation_stand_beside_the_bigram_of_its_own_text(text: Path) -> None:
+    train(text, "beside")
+    folder = text.parent / "runs" / "beside" / "step-20"
+    facts = json.loads((folder / "training.json").read_text())
+    tokenizer, cut = Tokenizer.of_characters(VERSE), int(0.9 * len(VERSE))
+    counted, scored = (torch.tensor(tokenizer.encode(part)) for part in (VERSE[:cut], VERSE[cut:]))
+    assert facts["bigram_loss"] == pytest.approx(bigram_loss(counted, scored, tokenizer.vocab_size), abs=1e-5)
+    assert facts["bits_per_character"] == pytest.approx(facts["validation_loss"] / math.log(2), abs=1e-4)
+    output, _ = training("evaluate", "--checkpoint", folder, "--data", text, cwd=text.parent).communicate(timeout=60)
+    for shown in (output, (folder / "README.md").read_text()):
+        for figure, unit in (("bits_per_character", " bits per character"), ("bigram_loss", " nats")):
+            told = [float(number) for number in re.findall(rf"(\d+\.\d+){unit}", shown)]
+            assert any(number == pytest.approx(facts[figure], abs=2e-4) for number in told), figure
+
+
+def test_a_text_whose_training_part_cannot_be_spelled_is_scored_without_a_bigram(text: Path) -> None:
+    train(text, "foreign")
+    (text.parent / "foreign.txt").write_text("\u00e9" + VERSE)
+    process = training("evaluate", "--checkpoint", "runs/foreign/step-20", "--data", "foreign.txt", cwd=text.parent)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "bigram counts    none: of the training text, the vocabulary has no U+00E9 at 0" in output
+
+
+def test_a_record_without_a_bigram_still_has_a_card() -> None:
+    facts = {"corpus": {"name": "old"}, "steps": 1, "tokens": 1, "seconds": 1.0, "milestones": {}, "max_load": 1.0}
+    section = record.training_section(tiny_model().config, {**facts, "validation_loss": 2.0, "validation_windows": 1})
+    assert "bits per character" not in section
+    assert "2.0000" in section

@@ -21,14 +21,14 @@ from model.tokenizer import Tokenizer
 from tests.checkpoints import CHARACTERS, tiny_checkpoint, tiny_model
 from tests.evidence import ROOT
 from training import gguf_export
-from training.gguf_export import DType, NoCounterpart
+from training.gguf_export import DType, NoCounterpart, vocabulary_of
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Sizes that all differ, so that none can stand for another."""
     folder = tmp_path_factory.mktemp("gguf") / "tiny"
-    sizes = {"hidden_size": 64, "num_experts": 5, "num_heads": 4, "num_kv_heads": 2, "expert_size": 48}
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_experts": 5, "num_heads": 4, "num_kv_heads": 2, "expert_size": 48}
     return checkpoint.load(tiny_checkpoint(folder, **sizes, rope_theta=20_000.0, rms_norm_eps=1e-5))
 
 
@@ -131,6 +131,15 @@ def test_the_vocabulary_spells_texts_as_ours_does(tmp_path: Path, text: str) -> 
     reader = read_back(other, tmp_path / "m.gguf")
     theirs = byte_level(fact(reader, "tokenizer.ggml.tokens"), fact(reader, "tokenizer.ggml.merges"))
     written = text + text[::-1] * 2
+    assert theirs.encode(written).ids == ours.encode(written)
+    assert theirs.decode(ours.encode(written)) == written
+
+
+@pytest.mark.parametrize("ours", [Tokenizer.of_bytes(), Tokenizer.of_bpe("caf\u00e9 the theatre " * 9, 280)])
+def test_bytes_and_their_pairs_keep_their_ids(ours: Tokenizer) -> None:
+    vocabulary = vocabulary_of(ours)
+    theirs = byte_level(list(vocabulary.tokens), list(vocabulary.merges))
+    written = "the caf\u00e9\n\U0001f642"
     assert theirs.encode(written).ids == ours.encode(written)
     assert theirs.decode(ours.encode(written)) == written
 

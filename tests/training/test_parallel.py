@@ -67,9 +67,16 @@ def test_two_ranks_give_one_ranks_loss_and_one_resumes_what_two_began(text: Path
     assert losses(text.parent / "runs" / "two") == pytest.approx(one, abs=1e-4)
 
 
-def test_balance_is_that_of_the_global_batch(text: Path) -> None:
-    """By a weight that makes statistics of half a batch show within a few steps."""
-    arguments = ("--steps", 10, "--balance-weight", 3)
+CHANCE = (
+    *("--router-noise", "gaussian", "--load-weight", 1, "--importance-weight", 1),
+    *("--dropout", 0.1, "--expert-dropout", 0.1, "--capacity-factor", 1.25, "--num-groups", 2),
+)
+
+
+@pytest.mark.parametrize("options", [("--balance-weight", 3), CHANCE], ids=["switch", "chance"])
+def test_balance_and_chance_are_those_of_the_global_batch(text: Path, options: tuple[object, ...]) -> None:
+    """By weights that make statistics of half a batch show within a few steps."""
+    arguments = ("--steps", 10, *options)
     train(text, "one", *arguments)
     train(text, "two", *arguments, ranks=2)
     assert losses(text.parent / "runs" / "two") == pytest.approx(losses(text.parent / "runs" / "one"), abs=3e-5)

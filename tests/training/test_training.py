@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from model import checkpoint
-from tests.checkpoints import tiny_files, tiny_model
+from tests.checkpoints import TINY, tiny_files, tiny_model
 from tests.training.processes import VERSE, train, training
 from training import config as configs
 from training import corpora, runs
-from training.config import BadConfig
+from training.config import BadConfig, TrainingConfig
+from training.corpora import Corpus
 from training.evaluate import evaluate
 from training.history import History, flops_per_token
 from training.optimizer import LearningRates, Muon, Optimizer, polar_factor, schedule
+from training.sample import stream
 from training.trainer import Trainer
 
 
@@ -63,6 +65,8 @@ def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(text: Path) -> N
         (["train", "--preset", "tiny", "--data", "none.txt"], "none.txt cannot be read"),
         (["train", "--preset", "tiny", "--data", "verse.txt", "--resume"], "no whole checkpoint"),
         (["train", "--preset", "tiny", "--data", "short.txt"], "context_length 32 needs more"),
+        (["train", "--preset", "tiny", "--tokenizer", "word"], "tokenizer is 'word'"),
+        (["train", "--preset", "tiny", "--bpe-vocab-size", "255"], "bpe_vocab_size is 255"),
         (["train", "--preset", "tiny", "--run", "../out"], "plain name"),
         (["train", "--preset", "tiny", "--matrix-learning-rate", "nan"], "matrix_learning_rate is nan"),
         (["train", "--preset", "tiny", "--clip-norm", "nan"], "clip_norm is nan"),
@@ -229,3 +233,27 @@ def test_flags_reach_the_model_and_the_run() -> None:
     assert configs.from_dict(config.as_dict()) == config
     with pytest.raises(BadConfig, match="num_layers"):
         configs.from_preset("tiny", {"num_layers": 0})
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("byte", "one byte"), ("bpe", "a few letters")])
+def test_a_run_on_bytes_is_sampled_resumed_and_says_what_it_writes(text: Path, kind: str, unit: str) -> None:
+    text.write_text(("na\u00efve \u20ac and caf\u00e9 \u2014 " * 9 + "\n") * 60)
+    flags = ("--tokenizer", kind, "--bpe-vocab-size", 270, "--evaluate-every", 10)
+    train(text, kind, *flags, "--steps", 10)
+    train(text, kind, *flags, "--steps", 12, "--resume")
+    folder = text.parent / "runs" / kind / "step-12"
+    loaded = checkpoint.load(folder)
+    assert loaded.tokenizer.vocab_size == (256 if kind == "byte" else 270)
+    assert f"writes {unit} at a time" in (folder / "README.md").read_text()
+    asked = ("sample", "--checkpoint", folder, "caf\u00e9", "--length", 50, "--seed", 3)
+    output = training(*asked, cwd=text.parent).communicate(timeout=60)[0]
+    prompt_ids = loaded.tokenizer.encode("caf\u00e9")
+    drawn = list(stream(loaded.model, prompt_ids, 50, temperature=0.8, top_k=0, top_p=1.0, seed=3))
+    assert output.replace("\r", "\n") == ("caf\u00e9" + loaded.tokenizer.decode(drawn) + "\n").replace("\r", "\n")
+
+
+def test_a_text_is_measured_in_tokens_before_it_is_trained_on(text: Path) -> None:
+    short = Corpus("short", "a" * 100, "a" * 30 + "\u20ac\u20ac")
+    with pytest.raises(BadConfig, match="part of 32 tokens"):
+        Trainer(TrainingConfig(shape=TINY), short, text.parent / "runs", torch.device("cpu"))
+    Trainer(TrainingConfig(tokenizer="byte", shape=TINY), short, text.parent / "runs", torch.device("cpu"))

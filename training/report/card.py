@@ -12,7 +12,7 @@ from training.record import introduction, training_section
 def card(name: str, config: ModelConfig, facts: dict[str, Any], report: dict[str, Any]) -> str:
     """facts: training.json. report: report.json."""
     sections = [
-        introduction(name, config),
+        introduction(name, config, facts),
         training_section(config, facts) + "\n\n![loss over training](loss.png)",
         _results(report),
         _control(report),

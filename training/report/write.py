@@ -16,6 +16,7 @@ from torch import Tensor
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
+from training import runs
 from training.config import BadConfig
 from training.corpora import Corpus
 from training.report import experts, pictures
@@ -64,14 +65,17 @@ def _results(facts: dict[str, Any], shape: ModelConfig) -> dict[str, Any]:
     bigram = facts.get("bigram_loss")
     return {
         "result": {"validation_loss": facts["validation_loss"], **_cost(facts), **_sizes(shape)},
-        "final": _in_bits(facts["validation_loss"]),
-        "best": {"step": best["step"], **_in_bits(best["validation_loss"])} if best else None,
-        "bigram": None if bigram is None else _in_bits(bigram),
+        "final": _in_bits(facts["validation_loss"], facts),
+        "best": {"step": best["step"], **_in_bits(best["validation_loss"], facts)} if best else None,
+        "bigram": None if bigram is None else _in_bits(bigram, facts),
     }
 
 
-def _in_bits(loss: float) -> dict[str, float]:
-    return {"loss": loss, "bits_per_character": round(loss / math.log(2), 5)}
+def _in_bits(loss: float, facts: dict[str, Any]) -> dict[str, float]:
+    """A loss in nats per token beside its bits per character; an older record is of one character a token."""
+    known = "bits_per_character" in facts
+    per_nat = facts["bits_per_character"] / facts["validation_loss"] if known else 1 / math.log(2)
+    return {"loss": loss, "bits_per_character": round(loss * per_nat, 5)}
 
 
 def _cost(facts: dict[str, Any]) -> dict[str, Any]:
@@ -131,11 +135,19 @@ def _specialisation(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise BadConfig(f"{run} has no metrics.jsonl; --run names the folder in which the checkpoint was trained")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    notes = [line for line in lines if "chosen_by_class" in line and line["step"] <= facts["steps"]]
+    trained = checkpoint.read_record(runs.newest(run))
+    if _origin(trained) != _origin(facts):
+        raise BadConfig(f"{run} trained another checkpoint; --run names the folder in which this one was trained")
+    notes = [line for line in runs.read_metrics(run) if "chosen_by_class" in line and line["step"] <= facts["steps"]]
     return [
         {"step": note["step"], "lift": rounded(experts.lift(torch.tensor(note["chosen_by_class"])))} for note in notes
     ]
+
+
+def _origin(facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a run was told but for its length, and the text it read."""
+    told = {name: value for name, value in facts["config"].items() if name not in ("steps", "evaluate_every")}
+    return told, facts["corpus"]["sha256"]
 
 
 def _of_text(loaded: Checkpoint, corpus: Corpus) -> dict[str, Any]:

@@ -48,6 +48,15 @@ def test_nothing_is_held_back_that_cannot_begin_a_stop_string(text: str, stop: l
     assert not held or any(each.startswith(held) for each in stop)
 
 
+def test_tokens_without_a_text_of_their_own_stay_before_a_stop_string_and_go_with_it() -> None:
+    held = [DrawnToken(0, 0xC3, ""), DrawnToken(1, 0xA9, "\u00e9"), DrawnToken(2, 0xE2, ""), DrawnToken(3, 33, "!")]
+    assert release(list(held), ["!"]) == (held[:2], True)
+    assert release(list(held), ["\u00e9"]) == ([], True)
+    waiting = [DrawnToken(0, 65, "a"), DrawnToken(1, 0xC3, "")]
+    assert release(waiting, ["ab"]) == ([], False)
+    assert len(waiting) == 2
+
+
 def test_a_token_that_a_stop_string_cuts_keeps_its_beginning_and_its_place() -> None:
     held = [DrawnToken(0, 5, "one two"), DrawnToken(1, 6, " three")]
     assert release(held, ["two t"]) == ([DrawnToken(0, 5, "one ")], True)
