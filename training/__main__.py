@@ -119,16 +119,17 @@ def _train(arguments: argparse.Namespace) -> None:
         require_resumable(config, run)
     elif any(run.glob("step-*")):
         raise configs.BadConfig(f"{run} has checkpoints already; add --resume to go on, or name another with --run")
-    with ranks.joined(device):
-        with ranks.first_goes_ahead(device):
-            corpus = _corpus(arguments.data, config.corpus, config.items)
-        start = Trainer.resume if arguments.resume else Trainer
-        trainer = start(config, corpus, run, device, ranks)
-        if ranks.is_first:
-            print(_beginning(trainer), flush=True)
-        final = trainer.train()
+    ranks.join(device)
+    with ranks.first_goes_ahead(device):
+        corpus = _corpus(arguments.data, config.corpus, config.items)
+    start = Trainer.resume if arguments.resume else Trainer
+    trainer = start(config, corpus, run, device, ranks)
+    if ranks.is_first:
+        print(_beginning(trainer), flush=True)
+    final = trainer.train()
     if ranks.is_first:
         print(_summary(trainer, final))
+    ranks.leave()
 
 
 def _beginning(trainer: Trainer) -> str:

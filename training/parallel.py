@@ -6,6 +6,7 @@ A process by itself is the only rank, and never touches torch.distributed. Sever
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -42,14 +43,21 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    @contextmanager
-    def joined(self, device: torch.device) -> Iterator[None]:
-        """Connected to the others, over gloo on a CPU and NCCL on GPUs."""
+    def join(self, device: torch.device) -> None:
+        """Meet the others, over gloo on a CPU and NCCL on GPUs; needed before any method that talks."""
         if self.size > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        yield
-        if self.size > 1:  # not after an error: leaving in order would wait for peers that are gone
-            dist.destroy_process_group()
+
+    def leave(self) -> None:
+        """End this process in order, if it is one of several; the last thing that it does.
+
+        Neither the group's destructor nor Python's shutdown is run: gloo's threads let go of their last tensors when
+        they come to it, and one that asks a Python which is shutting down for its lock takes the process with it.
+        """
+        if self.size > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     @contextmanager
     def first_goes_ahead(self, device: torch.device) -> Iterator[None]:

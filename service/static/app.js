@@ -217,10 +217,11 @@ async function askForKey(words) {
 
 /** The key's field takes the place of the buttons, and the focus if they had it; or the other way round. */
 function lock(isLocked, words) {
+  const [gone, focused] = isLocked ? ["actions", "key"] : ["lock", "generate"];
+  const hadFocus = byId(gone).contains(document.activeElement); // asked first: a disabled button may lose it at once
   byId("generate").disabled = isLocked;
   byId("lock").hidden = byId("actions").hidden = false;
-  const [gone, focused] = isLocked ? ["actions", "key"] : ["lock", "generate"];
-  if (byId(gone).contains(document.activeElement)) byId(focused).focus();
+  if (hadFocus) byId(focused).focus();
   byId(gone).hidden = true;
   say(words, isLocked && heldKey() !== "");
 }
