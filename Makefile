@@ -19,7 +19,7 @@ serve: .venv/serve.stamp ## serve the model on http://127.0.0.1:8000 (PORT=9000 
 	@exec $(PY) -m service $(call given,HOST,host) $(call given,PORT,port) $(call given,CHECKPOINT,checkpoint) $(ARGS)
 
 test: .venv/test.stamp ## run the tests, and list what was skipped and why
-	@exec $(PY) -m pytest $(ARGS)
+	@exec $(PY) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 train: .venv/train.stamp ## train a model in five minutes (ARGS='--preset shakespeare' for the shipped one)
 	@exec $(PY) -m training train --preset quick $(ARGS)

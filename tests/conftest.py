@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for inherited in ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"):
     os.environ.pop(inherited, None)
 
-pytest_plugins = ["tests.skips", "tests.evidence", "tests.examples"]
+pytest_plugins = ["tests.alone", "tests.skips", "tests.evidence", "tests.examples"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

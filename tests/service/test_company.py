@@ -92,6 +92,7 @@ def alone(crowded: Server, orders: list[Order]) -> tuple[list[Told], float]:
     return answers, sum(len(answer.tokens) for answer in answers) / (time.monotonic() - began)
 
 
+@pytest.mark.alone
 def test_every_stream_of_a_crowd_is_bitwise_what_it_is_alone(
     size: Size, crowded: Server, orders: list[Order], alone: tuple[list[Told], float], evidence: Evidence
 ) -> None:

@@ -123,6 +123,7 @@ def is_complete(told: Told) -> bool:
     return in_order and told.text == done["text"] and done["finish_reason"] in ("length", "stop")
 
 
+@pytest.mark.alone
 def test_a_long_prompt_every_second_at_most_quadruples_the_gaps_of_sixteen_streams(
     start_server: StartServer, at: At, evidence: Evidence
 ) -> None:
@@ -187,6 +188,7 @@ def percentile(values: list[float], percent: int) -> float:
     return quantiles(values, n=100)[percent - 1]
 
 
+@pytest.mark.alone
 def test_the_last_thousand_tokens_of_a_long_stream_are_as_quick_as_the_second(
     server: Server, checkpoint: Path, at: At, evidence: Evidence
 ) -> None:
@@ -266,6 +268,7 @@ class Crush:
     retry_after_s: list[int] = field(default_factory=list)
 
 
+@pytest.mark.alone
 def test_ten_times_overload_is_refused_promptly_and_honestly_and_what_is_accepted_is_complete(
     start_server: StartServer, at: At, evidence: Evidence
 ) -> None:
