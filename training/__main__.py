@@ -331,10 +331,10 @@ def _expected_errors() -> list[type[Exception]]:
     ours = [configs.BadConfig, CheckpointError, CorpusUnavailable, NothingToResume, NotWritable, UnknownCharacters]
     if "torch" in sys.modules:  # else nobody can have raised these
         from training.evaluate import TooShort
-        from training.parallel import RankLost
+        from training.parallel import FirstFailed, RankLost
         from training.trainer import Diverged
 
-        ours += [TooShort, Diverged, RankLost]
+        ours += [TooShort, Diverged, FirstFailed, RankLost]
     if "training.gguf_export" in sys.modules:
         from training.gguf_export import NoCounterpart
 

@@ -23,6 +23,10 @@ class RankLost(Exception):
     """Another rank has died, so this one cannot go on. One sentence."""
 
 
+class FirstFailed(Exception):
+    """The first rank could not do what the others waited for, and says so itself."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among its peers. Every method that talks must be called by all ranks, in the same order."""
@@ -61,12 +65,19 @@ class Ranks:
 
     @contextmanager
     def first_goes_ahead(self, device: torch.device) -> Iterator[None]:
-        """The first rank does the body, then all others: what it downloaded is there for them."""
-        if not self.is_first:
-            self.any(False, device)
-        yield
-        if self.is_first:
-            self.any(False, device)
+        """The first rank does the body, then all others: what it downloaded is there for them.
+
+        Raises FirstFailed on the others if the first raised; they have nothing to add.
+        """
+        if not self.is_first and self.any(False, device):
+            raise FirstFailed
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if self.is_first:
+                self.any(failed, device)
 
     def rows(self, batch_size: int) -> slice:
         """Which rows of the global batch are this rank's."""
