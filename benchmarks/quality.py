@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pairs = [] if given.table else [(row, seed) for seed in given.seeds for row in given.rows]
     due = [pair for pair in pairs if not record_of(*pair).exists()]
     with ThreadPoolExecutor(given.jobs) as pool:
-        kept = list(pool.map(lambda pair: run(*pair, threads), due))
+        kept = list(pool.map(lambda pair: run(pair[0], pair[1], threads), due))
     PAGE.write_text(with_table(PAGE.read_text()))
     return 0 if all(kept) else 1
 
