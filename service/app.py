@@ -113,6 +113,7 @@ def _engine_options(settings: Settings) -> EngineOptions:
         slots=settings.slots,
         kv_memory_mib=settings.kv_memory_mib,
         prefill_chunk=settings.prefill_chunk,
+        runner=settings.runner,
         fault=os.environ.get("MOESCOPE_FAULT"),  # for tests of failures on a real process
     )
 

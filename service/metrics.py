@@ -103,9 +103,10 @@ class Metrics:
     def record_step(self, report: StepReport) -> None:
         if report.phase is None:  # only news of sequences that ended between two steps
             return
-        self._steps[report.phase].observe(report.seconds)
-        if report.phase is Phase.DECODE:
-            self._batch_size.observe(report.batch_size)
+        for _ in range(report.steps):
+            self._steps[report.phase].observe(report.seconds / report.steps)
+            if report.phase is Phase.DECODE:
+                self._batch_size.observe(report.batch_size)
 
     def record_first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)

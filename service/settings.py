@@ -40,6 +40,9 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the model runs; auto is cuda if there is one"
     )
+    runner: Literal["auto", "native", "torch"] = Field(
+        "auto", description="what decodes on a CPU; auto is the native step, and torch where that cannot be had"
+    )
     threads: int = Field(default_factory=usable_cpus, ge=1, le=1024, description="CPU threads of the model")
     slots: int | None = Field(
         None, ge=1, le=4096, description="requests that run at the same time; otherwise what fits in memory, at most 64"

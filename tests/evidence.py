@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import pytest
 
-from service.engine.loading import cpu_model
+from service.engine.processor import cpu_model
 from tests.skips import skip_reason
 
 ROOT = Path(__file__).parents[1]

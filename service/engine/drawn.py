@@ -1,6 +1,6 @@
 """What a step drew: as tensors where it was drawn, and row by row for those who asked.
 
-Letters: B rows, L layers, K experts per token, A alternatives.
+Letters: T steps of one call, B rows, L layers, K experts per token, A alternatives.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a step drew, row by row: token_ids, is_finite (B,) and the routing they were drawn from, both (B, L, K).
+    """What some steps drew: token_ids, is_finite (T, B) and the routing they were drawn from, both (T, B, L, K).
 
-    Where any row wants them, logprobs are those of the drawn tokens (B,), of the likeliest ids (B, A), and these ids.
+    Where any row wants them, logprobs are those of the drawn tokens (T, B), the likeliest ids (T, B, A), and theirs.
     """
 
     token_ids: Tensor
@@ -31,15 +31,15 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Rows:
-    """A step's draws as plain lists, row by row; what no sequence of the batch asked for is not fetched."""
+    """The same as plain lists, step by step and row by row; what no sequence of the batch asked for is not fetched."""
 
-    token_ids: list[int]
-    is_finite: list[bool]
-    expert_ids: list[list[list[int]]] | None
-    expert_weights: list[list[list[float]]] | None
-    logprobs: list[float] | None
-    top_ids: list[list[int]] | None
-    top_logprobs: list[list[float]] | None
+    token_ids: list[list[int]]
+    is_finite: list[list[bool]]
+    expert_ids: list[list[list[list[int]]]] | None
+    expert_weights: list[list[list[list[float]]]] | None
+    logprobs: list[list[float]] | None
+    top_ids: list[list[list[int]]] | None
+    top_logprobs: list[list[list[float]]] | None
 
     @classmethod
     def of(cls, drawn: Drawn, sequences: tuple[Sequence, ...]) -> Rows:
@@ -55,10 +55,14 @@ class Rows:
             top_logprobs,
         )
 
-    def token(self, row: int, sequence: Sequence) -> DrawnToken:
-        token_id = self.token_ids[row]
-        logprob, top_logprobs = self._logprobs(row, sequence.num_logprobs)
-        expert_ids, expert_weights = self._routing(row) if sequence.return_routed_experts else (None, None)
+    @property
+    def num_steps(self) -> int:
+        return len(self.token_ids)
+
+    def token(self, step: int, row: int, sequence: Sequence) -> DrawnToken:
+        token_id = self.token_ids[step][row]
+        logprob, top_logprobs = self._logprobs(step, row, sequence.num_logprobs)
+        expert_ids, expert_weights = self._routing(step, row) if sequence.return_routed_experts else (None, None)
         return DrawnToken(
             index=len(sequence.token_ids),
             token_id=token_id,
@@ -69,18 +73,18 @@ class Rows:
             expert_weights=expert_weights,
         )
 
-    def _routing(self, row: int) -> tuple[ExpertsPerLayer, WeightsPerLayer]:
+    def _routing(self, step: int, row: int) -> tuple[ExpertsPerLayer, WeightsPerLayer]:
         assert self.expert_ids is not None
         assert self.expert_weights is not None
-        return frozen(self.expert_ids[row]), frozen(self.expert_weights[row])
+        return frozen(self.expert_ids[step][row]), frozen(self.expert_weights[step][row])
 
-    def _logprobs(self, row: int, count: int | None) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
+    def _logprobs(self, step: int, row: int, count: int | None) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
         if count is None or self.logprobs is None:
             return None, None
         assert self.top_ids is not None
         assert self.top_logprobs is not None
-        best = tuple(zip(self.top_ids[row][:count], self.top_logprobs[row][:count], strict=True))
-        return self.logprobs[row], best
+        best = tuple(zip(self.top_ids[step][row][:count], self.top_logprobs[step][row][:count], strict=True))
+        return self.logprobs[step][row], best
 
 
 def frozen(rows: list[list[T]]) -> tuple[tuple[T, ...], ...]:

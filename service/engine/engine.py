@@ -1,4 +1,4 @@
-"""Continuous batching, one step at a time: admit, run, count, publish. Synchronous; knows no threads and no HTTP."""
+"""Continuous batching, a few steps at a time: admit, run, count, publish. Synchronous; knows no threads and no HTTP."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from service.engine.stopping import release
 log = logging.getLogger(__name__)
 
 STALLED_AFTER_S = 15.0
+BURST_S = 0.003
+"""For about so long the model runs before anybody can come or go; one step may take longer."""
 TELLS_ALL = BY_ITSELF | {FinishReason.TIMEOUT}
 
 
@@ -41,6 +43,7 @@ class Engine:
         self._clock = clock
         self._fed = dict.fromkeys(Phase, 0)
         self._generated = 0
+        self._step_s = BURST_S
         self._news: list[Delivery] = []  # not told yet: no end is lost when what comes after it raises
 
     @property
@@ -73,15 +76,28 @@ class Engine:
         self._scheduler.add(sequence)
 
     def step(self) -> StepReport:
-        """Run one step for whoever's turn it is."""
+        """Run one step for whoever's turn it is, or a burst of them where the runner can and nobody is kept waiting."""
         started = self._clock()
         self._scheduler.admit(started)
         plan = self._scheduler.schedule()
         if plan is None:
             return StepReport(())
-        drawn = self.runner.run(build_batch(plan, self.runner.layout), steps=1)
-        self._advance(plan, drawn)
-        return StepReport(self._take_news(), plan.phase, self._clock() - started, len(plan.sequences))
+        steps = 1 if isinstance(plan, PrefillPlan) else self._burst(plan.sequences)
+        drawn = self.runner.run(build_batch(plan, self.runner.layout), steps)
+        if isinstance(plan, PrefillPlan):
+            plan.sequence.num_prefilled += plan.num_tokens
+            self._feed(plan.sequence, Phase.PREFILL, plan.num_tokens)
+        else:
+            self._step_s = (self._clock() - started) / steps
+        if drawn:
+            self._deliver(plan, drawn)
+        return StepReport(self._take_news(), plan.phase, self._clock() - started, len(plan.sequences), steps)
+
+    def _burst(self, sequences: tuple[Sequence, ...]) -> int:
+        """How many steps to make at once: none that all rows would make for nothing, none beyond a reader's patience."""
+        longest = max(each.params.max_new_tokens - len(each.token_ids) for each in sequences)
+        unread = min((each.may_be_unread for each in sequences if each.may_be_unread is not None), default=longest)
+        return max(1, min(self.runner.most_steps, int(BURST_S / self._step_s), longest, unread))
 
     def expire(self) -> tuple[Delivery, ...]:
         """End those whose time is up, and those whose reader has not moved for too long."""
@@ -146,30 +162,38 @@ class Engine:
         news, self._news = tuple(self._news), []
         return news
 
-    def _advance(self, plan: Plan, drawn: Drawn | None) -> None:
-        """Enter what a step fed and drew into its sequences."""
-        fed = plan.num_tokens if isinstance(plan, PrefillPlan) else len(plan.sequences)
-        self._fed[plan.phase] += fed
-        if isinstance(plan, PrefillPlan):
-            plan.sequence.num_prefilled += fed
-            plan.sequence.num_fed += fed
-        else:
-            for sequence in plan.sequences:
-                sequence.num_fed += 1
-        if drawn:
-            self._deliver(plan.sequences, drawn)
+    def _feed(self, sequence: Sequence, phase: Phase, num_tokens: int) -> None:
+        sequence.num_fed += num_tokens
+        self._fed[phase] += num_tokens
 
-    def _deliver(self, sequences: tuple[Sequence, ...], drawn: Drawn) -> None:
-        rows = Rows.of(drawn, sequences)
-        for row, sequence in enumerate(sequences):
-            if rows.is_finite[row]:
-                events = self._draw(sequence, rows.token(row, sequence))
-            else:
-                events = self._end(sequence, FinishReason.NON_FINITE)
+    def _deliver(self, plan: Plan, drawn: Drawn) -> None:
+        """Enter what was drawn into its sequences. Who ends within a burst has nothing of the rest of it."""
+        rows = Rows.of(drawn, plan.sequences)
+        for row, sequence in enumerate(plan.sequences):
+            events: list[Event] = []
+            for step in range(rows.num_steps):
+                if plan.phase is Phase.DECODE:
+                    self._feed(sequence, Phase.DECODE, 1)
+                reason: FinishReason | None = FinishReason.NON_FINITE
+                if rows.is_finite[step][row]:
+                    told, reason = self._draw(sequence, rows.token(step, row, sequence))
+                    events += told
+                if reason:
+                    self._take_back(sequence, drawn, row, step + 1)
+                    events += self._end(sequence, reason)
+                    break
             if events:  # none while a stop string may be beginning
-                self._news.append((sequence, events))
+                self._news.append((sequence, tuple(events)))
 
-    def _draw(self, sequence: Sequence, token: DrawnToken) -> tuple[Event, ...]:
+    def _take_back(self, sequence: Sequence, drawn: Drawn, row: int, first: int) -> None:
+        """What a burst fed for a sequence after its end was for nothing."""
+        if first < len(drawn.token_ids):
+            assert sequence.slot is not None
+            ids, weights = drawn.expert_ids[first:, row], drawn.expert_weights[first:, row]
+            self._counters.take_back(Phase.DECODE, sequence.slot, ids, weights)
+
+    def _draw(self, sequence: Sequence, token: DrawnToken) -> tuple[list[DrawnToken], FinishReason | None]:
+        """Append a drawn token: what may be told now, and why the sequence ends with it, if it does."""
         if sequence.first_token_at is None:
             sequence.first_token_at = self._clock()
         sequence.token_ids.append(token.token_id)
@@ -179,10 +203,8 @@ class Engine:
         sequence.held.append(replace(token, text=token.text + sequence.spell_rest()) if is_last else token)
         told, has_stopped = release(sequence.held, sequence.params.stop)
         if has_stopped:
-            return (*told, *self._end(sequence, FinishReason.STOP))
-        if is_last:
-            return (*told, *self._end(sequence, FinishReason.LENGTH))
-        return tuple(told)
+            return told, FinishReason.STOP
+        return told, FinishReason.LENGTH if is_last else None
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> tuple[Event, ...]:
         """The one place where a sequence ends and its slot is given back. What was held back is told."""

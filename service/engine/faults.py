@@ -7,6 +7,7 @@ from typing import Final
 
 from service.engine.batch import Batch, DecodeBatch, Layout
 from service.engine.drawn import Drawn
+from service.engine.native.runner import NativeRunner
 from service.engine.runner import TorchRunner
 
 KINDS: Final = ("raise", "die", "hang", "nan")
@@ -21,11 +22,12 @@ def is_fault(text: str) -> bool:
 class FaultyRunner:
     """A runner with faults to come. Everything else is the real one's."""
 
-    def __init__(self, inner: TorchRunner, fault: str) -> None:
+    def __init__(self, inner: TorchRunner | NativeRunner, fault: str) -> None:
         self._inner = inner
         self._faults = {int(step): kind for kind, _, step in (each.partition(":") for each in fault.split(","))}
         self._step = 0
         self.name = inner.name
+        self.most_steps = 1  # or a step would be hidden in the middle of others
 
     @property
     def layout(self) -> Layout:

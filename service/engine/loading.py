@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +11,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service.engine.processor import cpu_model
 from service.engine.sequence import FinishReason, SamplingParams, Sequence
 from service.engine.thread import CannotServe, EngineInfo, EnginePhase
 
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
     from model.config import ModelConfig
+    from model.transformer import Transformer
+    from service.engine.counters import ExpertCounters
     from service.engine.engine import Engine
-    from service.engine.runner import Runner
+    from service.engine.native.runner import NativeRunner
+    from service.engine.runner import TorchRunner
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class EngineOptions:
     slots: int | None
     kv_memory_mib: int
     prefill_chunk: int
+    runner: str = "auto"
     fault: str | None = None
 
 
@@ -54,7 +58,6 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
     from service.engine.engine import Engine
     from service.engine.faults import FaultyRunner, is_fault
     from service.engine.probe import find_row_multiple
-    from service.engine.runner import TorchRunner
     from service.engine.scheduler import Scheduler
 
     if options.fault and not is_fault(options.fault):
@@ -64,7 +67,7 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
     loaded = checkpoint.load(options.checkpoint, device)
     slots = _num_slots(options, loaded.config)
     counters = ExpertCounters(loaded.config, slots, loaded.model.device)
-    runner = TorchRunner(loaded.model, slots, counters)
+    runner = _runner(options, loaded.model, slots, counters)
     engine = Engine(runner, Scheduler(slots, options.prefill_chunk), counters)
     enter(EnginePhase.WARMING)
     row_multiple = find_row_multiple(runner, slots, loaded.config.vocab_size)
@@ -87,8 +90,29 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
     return engine, info
 
 
+def _runner(
+    options: EngineOptions, model: Transformer, slots: int, counters: ExpertCounters
+) -> TorchRunner | NativeRunner:
+    """The native step where it can be had and computes this model, unless torch is asked for."""
+    from service.engine.native.library import NoLibrary, load
+    from service.engine.native.runner import NativeRunner, why_not
+    from service.engine.runner import TorchRunner
+
+    if options.runner == "torch" or model.device.type != "cpu":
+        return TorchRunner(model, slots, counters)
+    try:
+        if reason := why_not(model.config):
+            raise NoLibrary(reason)
+        return NativeRunner(load(), model, slots, counters, options.threads)
+    except NoLibrary as reason:
+        if options.runner == "native":
+            raise CannotServe(f"--runner is native, but {reason}; use --runner auto or torch") from None
+        log.warning("torch decodes, several times slower than the native step would: %s", reason)
+        return TorchRunner(model, slots, counters)
+
+
 def _fingerprint(
-    loaded: Checkpoint, options: EngineOptions, runner: Runner, slots: int, row_multiple: int | None
+    loaded: Checkpoint, options: EngineOptions, runner: TorchRunner | NativeRunner, slots: int, row_multiple: int | None
 ) -> str:
     """12 hex digits of all that decides a bit of a text: two processes with the same ones write the same."""
     import torch
@@ -112,18 +136,10 @@ def _fingerprint(
     return sha256(repr(facts).encode()).hexdigest()[:12]
 
 
-def cpu_model() -> str:
-    """What the processor calls itself."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
-
-
 def _sources() -> list[Path]:
     """The code that decides what a text is."""
     engine = Path(__file__).parent
-    return sorted([*engine.glob("*.py"), *(engine.parents[1] / "model").glob("*.py")])
+    return sorted([*engine.glob("*.py"), *engine.glob("native/*.[pc]*"), *(engine.parents[1] / "model").glob("*.py")])
 
 
 def _device(name: str) -> str:

@@ -43,7 +43,7 @@ def _trace(runner: Runner, num_slots: int, vocab_size: int) -> list[list[DrawnTo
         drawn = runner.run(build_batch(DecodePlan(tuple(sequences)), runner.layout), steps=1)
         assert drawn is not None
         rows = Rows.of(drawn, tuple(sequences))
-        tokens = [rows.token(row, sequence) for row, sequence in enumerate(sequences)]
+        tokens = [rows.token(0, row, sequence) for row, sequence in enumerate(sequences)]
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.token_ids.append(token.token_id)
             sequence.num_fed += 1
@@ -59,7 +59,7 @@ def _read(runner: Runner, sequence: Sequence) -> list[DrawnToken]:
     for start, count, rows in ((0, PREFILL_ROWS, PREFILL_ROWS), (PREFILL_ROWS, 3, PREFILL_ROWS)):
         drawn = runner.run(build_batch(PrefillPlan(sequence, start, count, rows), runner.layout), steps=1)
     assert drawn is not None
-    token = Rows.of(drawn, (sequence,)).token(0, sequence)
+    token = Rows.of(drawn, (sequence,)).token(0, 0, sequence)
     sequence.token_ids, sequence.num_fed = [token.token_id], PROMPT_LENGTH
     return [token]
 

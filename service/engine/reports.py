@@ -14,12 +14,16 @@ Delivery = tuple[Sequence, tuple[Event, ...]]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step brought: events by sequence, and how long it took. phase is None when the model did not run."""
+    """What one call of the model brought: events by sequence, and how long it took in all for so many steps.
+
+    phase is None when the model did not run.
+    """
 
     events: tuple[Delivery, ...]
     phase: Phase | None = None
     seconds: float = 0.0
     batch_size: int = 0
+    steps: int = 1
 
 
 @dataclass(frozen=True)

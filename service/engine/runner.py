@@ -29,13 +29,15 @@ class Runner(Protocol):
     """Forwards a batch, counts its experts and draws. Padding is neither counted nor returned."""
 
     name: str
+    most_steps: int
+    """How many steps one call can make."""
 
     @property
     def layout(self) -> Layout:
         """What batches have to fit."""
 
     def run(self, batch: Batch, steps: int) -> Drawn | None:
-        """None after a chunk that does not end its prompt."""
+        """So many steps of a decode batch, or one of a prompt; None after a chunk that does not end its prompt."""
 
     def clear(self, slot: int) -> None:
         """Make a slot's cache harmless."""
@@ -51,10 +53,11 @@ class TorchRunner:
     """The plain path: eager torch on any device, one step a call."""
 
     name = "torch"
+    most_steps = 1
 
     def __init__(self, model: Transformer, num_slots: int, counters: ExpertCounters) -> None:
         self._model = model
-        self._counters = counters
+        self.counters = counters
         self._device = model.device
         # One slot more than are given out, for the rows of padding.
         self.layout = Layout(model.device, num_slots, model.config.num_layers, model.config.num_experts)
@@ -63,7 +66,7 @@ class TorchRunner:
     @torch.inference_mode()
     def run(self, batch: Batch, steps: int) -> Drawn | None:
         assert steps == 1
-        return self._prefill(batch) if isinstance(batch, PrefillBatch) else self._decode(batch)
+        return self.prefill(batch) if isinstance(batch, PrefillBatch) else self._decode(batch)
 
     def clear(self, slot: int) -> None:
         self.cache.clear(slot)
@@ -75,7 +78,7 @@ class TorchRunner:
         self._model.pad_rows_to(min(multiple, MOST_GROUP_ROWS))
         self.layout = replace(self.layout, row_multiple=multiple)
 
-    def _prefill(self, batch: PrefillBatch) -> Drawn | None:
+    def prefill(self, batch: PrefillBatch) -> Drawn | None:
         num_rows, num_tokens = len(batch.ids), batch.num_tokens
         positions = torch.arange(batch.start, batch.start + num_rows, device=self._device)
         view = self.cache.prefill(batch.slot, batch.start, num_tokens, num_rows)
@@ -87,7 +90,7 @@ class TorchRunner:
             routed = [_rows(routing, last) for routing in real]
             drawn = self._draw(hidden[0, last], batch, positions[last] + 1, routed, 1)
         # Counted last, because a step that raises has fed nothing.
-        self._counters.add(Phase.PREFILL, torch.full((num_tokens,), batch.slot, device=self._device), real)
+        self.counters.add(Phase.PREFILL, torch.full((num_tokens,), batch.slot, device=self._device), real)
         return drawn
 
     def _decode(self, batch: DecodeBatch) -> Drawn:
@@ -95,7 +98,7 @@ class TorchRunner:
         ids, positions = batch.ids[:, None], batch.positions[:, None]
         hidden, routings = self._model.hidden(ids, positions, view.layer, batch.wishes.disabled)
         drawn = self._draw(hidden[:, 0], batch, batch.positions + 1, routings, batch.num_tokens)
-        self._counters.add(Phase.DECODE, batch.slots, routings)
+        self.counters.add(Phase.DECODE, batch.slots, routings)
         return drawn
 
     def _draw(
@@ -105,13 +108,13 @@ class TorchRunner:
         logits = self._model.head(hidden)
         token_ids = draw(logits, batch.options, positions)
         wanted = batch.wishes.num_logprobs
-        logprobs = None if wanted is None else log_probabilities(logits, token_ids, wanted)
+        logprobs = () if wanted is None else log_probabilities(logits, token_ids, wanted)
         return Drawn(
-            token_ids=token_ids[:num_rows],
-            is_finite=logits.isfinite().all(dim=-1)[:num_rows],
-            expert_ids=torch.stack([routing.expert_ids[:num_rows] for routing in routings], dim=1),
-            expert_weights=torch.stack([routing.expert_weights[:num_rows] for routing in routings], dim=1),
-            logprobs=logprobs,
+            token_ids=token_ids[None, :num_rows],
+            is_finite=logits.isfinite().all(dim=-1)[None, :num_rows],
+            expert_ids=torch.stack([routing.expert_ids[:num_rows] for routing in routings], dim=1)[None],
+            expert_weights=torch.stack([routing.expert_weights[:num_rows] for routing in routings], dim=1)[None],
+            logprobs=tuple(each[None] for each in logprobs) or None,
         )
 
 

@@ -131,7 +131,12 @@ class Sequence:
 
     @property
     def is_paused(self) -> bool:
-        return self.max_unread is not None and len(self.token_ids) - self.num_taken >= self.max_unread
+        return self.may_be_unread is not None and self.may_be_unread <= 0
+
+    @property
+    def may_be_unread(self) -> int | None:
+        """How many more tokens may be drawn before somebody reads one; None for any number."""
+        return None if self.max_unread is None else self.max_unread - (len(self.token_ids) - self.num_taken)
 
     @property
     def expires_at(self) -> float:

@@ -16,6 +16,7 @@
 #include <memory>
 #include <numeric>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -29,6 +30,7 @@ constexpr int MOST_ROWS = 8; // that are multiplied at a time
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+using Lanes = std::make_integer_sequence<int, LANES>;
 
 inline Vec load(const float *from) {
   Vec x;
@@ -39,15 +41,19 @@ inline void store(float *to, Vec x) { std::memcpy(to, &x, sizeof x); }
 inline Vec all(float x) { return x - Vec{}; }
 inline Vec pick(Ints mask, Vec yes, Vec no) { return mask ? yes : no; }
 
+template <int... FROM> inline Vec shuffle(Vec a, Vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, FROM...);
+#else
+  return __builtin_shuffle(a, b, Ints{FROM...});
+#endif
+}
+
 // Both vectors hold groups of SIZE lanes; each is halved onto itself, and the groups of a and b take turns.
-template <int SIZE> inline Vec fold(Vec a, Vec b) {
-  Ints low, high;
-  for (int lane = 0; lane < LANES; lane++) {
-    const int group = lane / SIZE, inside = lane % SIZE, half = SIZE / 2;
-    low[lane] = group * SIZE + inside % half + (inside < half ? 0 : LANES);
-    high[lane] = low[lane] + half;
-  }
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+template <int SIZE, int... LANE> inline Vec fold(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
+  constexpr int HALF = SIZE / 2;
+  return shuffle<(LANE / SIZE * SIZE + LANE % HALF + (LANE % SIZE < HALF ? 0 : LANES))...>(a, b) +
+         shuffle<(LANE / SIZE * SIZE + LANE % HALF + (LANE % SIZE < HALF ? 0 : LANES) + HALF)...>(a, b);
 }
 
 // sums[i] = the sum of the lanes of x[i], for as many vectors as a vector has lanes.
@@ -56,19 +62,17 @@ template <int SIZE = LANES> inline Vec sums(const Vec *x) {
     return x[0];
   } else {
     Vec half[SIZE / 2];
-    for (int i = 0; i < SIZE / 2; i++) half[i] = fold<SIZE>(x[i], x[i + SIZE / 2]);
+    for (int i = 0; i < SIZE / 2; i++) half[i] = fold<SIZE>(x[i], x[i + SIZE / 2], Lanes());
     return sums<SIZE / 2>(half);
   }
 }
 
-inline float sum(Vec x) {
-  for (int width = LANES / 2; width; width /= 2) {
-    Ints other;
-    for (int lane = 0; lane < LANES; lane++) other[lane] = lane ^ width;
-    x = x + __builtin_shuffle(x, other);
-  }
-  return x[0];
+template <int WIDTH = LANES / 2, int... LANE> inline float sum(Vec x, std::integer_sequence<int, LANE...>) {
+  x = x + shuffle<(LANE ^ WIDTH)...>(x, x);
+  if constexpr (WIDTH == 1) return x[0];
+  else return sum<WIDTH / 2>(x, Lanes());
 }
+inline float sum(Vec x) { return sum<>(x, Lanes()); }
 
 // e^x within 2 units in the last place: Cephes' expf, a polynomial of degree 5 around a multiple of ln 2. NaN stays NaN.
 inline Vec exp(Vec x) {
@@ -213,6 +217,14 @@ struct Weights {
       *const *key_norm, *const *moe_norm, *const *router, *const *gate_up, *const *down;
 };
 
+// What lasts from step to step: keys and values (L, S, G, R, D); how many tokens each expert had in decode steps, and its
+// gate weight in units of 2^-24, of slot 0, with the distance from slot to slot.
+struct Memory {
+  float *keys, *values;
+  int64_t *tokens, *gate_weight;
+  int64_t tokens_stride, gate_weight_stride;
+};
+
 // Some steps of B rows. ids, slots, positions (B,) say what is fed first; disabled (B, L, E) or null. The outputs are
 // those of every step: token_ids and finite (steps, B), expert_ids and expert_weights (steps, B, L, K), logits (steps, B,
 // V) or null.
@@ -251,8 +263,8 @@ struct Scratch {
 
 class Model {
 public:
-  Model(const Shape &shape, const Weights &weights, float *keys, float *values, int threads)
-      : s(shape), keys(keys), values(values), threads(threads), meeting(threads), scratch(threads) {
+  Model(const Shape &shape, const Weights &weights, const Memory &memory, int threads)
+      : s(shape), memory(memory), threads(threads), meeting(threads), scratch(threads) {
     qkv_size = (s.heads + 2 * s.kv_heads) * s.head_dim;
     embedding.assign(weights.embedding, weights.embedding + (size_t)s.vocab * s.channels);
     norm.assign(weights.norm, weights.norm + s.channels);
@@ -278,7 +290,7 @@ public:
 
 private:
   const Shape s;
-  float *const keys, *const values; // (L, S, G, R, D)
+  const Memory memory;
   const int threads;
   int qkv_size;
   std::vector<float> embedding, norm;
@@ -433,13 +445,14 @@ private:
     const size_t ring = (((size_t)l * s.slots + job->slots[r]) * s.kv_heads + g) * s.ring * d;
     const int64_t position = positions[r];
     normalise(key, layer.key_norm, key, d), rotate(key, r);
-    std::memcpy(keys + ring + position % s.ring * d, key, d * sizeof(float));
-    std::memcpy(values + ring + position % s.ring * d, value, d * sizeof(float));
+    float *const keys = memory.keys + ring, *const values = memory.values + ring;
+    std::memcpy(keys + position % s.ring * d, key, d * sizeof(float));
+    std::memcpy(values + position % s.ring * d, value, d * sizeof(float));
     const int held = (int)std::min<int64_t>(position + 1, s.ring);
     for (int h = 0; h < sharers; h++) {
       float *query = row + (g * sharers + h) * d;
       normalise(query, layer.query_norm, query, d), rotate(query, r);
-      look(own, query, keys + ring, values + ring, held, &attended[((size_t)r * s.heads + g * sharers + h) * d]);
+      look(own, query, keys, values, held, &attended[((size_t)r * s.heads + g * sharers + h) * d]);
     }
   }
 
@@ -513,9 +526,14 @@ private:
     float total = 0;
     const int over = s.gates_over_all ? s.experts : s.chosen;
     for (int e = 0; e < over; e++) total += std::exp((float)own.ranked[e].first - highest);
+    const int64_t slot = job->slots[r];
     for (int k = 0; k < s.chosen; k++) {
-      job->expert_ids[choice(step, l, r) + k] = own.ranked[k].second;
-      job->expert_weights[choice(step, l, r) + k] = std::exp((float)own.ranked[k].first - highest) / total;
+      const int e = own.ranked[k].second;
+      const float weight = std::exp((float)own.ranked[k].first - highest) / total;
+      job->expert_ids[choice(step, l, r) + k] = e, job->expert_weights[choice(step, l, r) + k] = weight;
+      memory.tokens[slot * memory.tokens_stride + (size_t)l * s.experts + e]++;
+      if (std::isfinite(weight))
+        memory.gate_weight[slot * memory.gate_weight_stride + (size_t)l * s.experts + e] += std::llrint(weight * 0x1p24);
     }
   }
 
@@ -657,9 +675,10 @@ private:
 
 extern "C" {
 
-void *moescope_new(const Shape *shape, const Weights *weights, float *keys, float *values, int32_t threads) {
+// Null where there is no memory or no thread to be had. The weights are copied; the memory has to outlive the model.
+void *moescope_new(const Shape *shape, const Weights *weights, const Memory *memory, int32_t threads) {
   try {
-    return new Model(*shape, *weights, keys, values, threads);
+    return new Model(*shape, *weights, *memory, threads);
   } catch (...) {
     return nullptr;
   }

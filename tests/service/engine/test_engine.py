@@ -15,25 +15,40 @@ from service.engine.batch import Batch, DecodeBatch
 from service.engine.counters import ExpertCounters
 from service.engine.drawn import Drawn
 from service.engine.engine import Engine
+from service.engine.native import library
+from service.engine.native.runner import NativeRunner
 from service.engine.probe import find_row_multiple
-from service.engine.runner import TorchRunner
+from service.engine.runner import Runner, TorchRunner
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, SamplingParams, Sequence
 from tests.checkpoints import tiny_model
 from tests.evidence import At, Evidence
+from training import record
 
 SHIPPED = Path(__file__).parents[3] / "checkpoints" / "shakespeare"
 CONTEXT = 32
 
 
-@pytest.fixture(scope="module")
-def model(device: torch.device) -> Transformer:
-    return tiny_model().requires_grad_(False).to(device)
+NATIVE: set[Transformer] = set()  # those that the native step decodes
 
 
-def engine_for(model: Transformer, num_slots: int = 16, prefill_chunk: int = 16) -> Engine:
+@pytest.fixture(scope="module", params=["torch", "native"])
+def model(device: torch.device, request: pytest.FixtureRequest) -> Transformer:
+    model = record.as_served(tiny_model()).requires_grad_(False).to(device)
+    if request.param == "native":
+        if device.type != "cpu":
+            pytest.skip("the native step is for CPUs")
+        NATIVE.add(model)
+    return model
+
+
+def engine_for(model: Transformer, num_slots: int = 16, prefill_chunk: int = 16, most_steps: int = 16) -> Engine:
     counters = ExpertCounters(model.config, num_slots, model.device)
-    return Engine(TorchRunner(model, num_slots, counters), Scheduler(num_slots, prefill_chunk), counters)
+    runner: Runner = TorchRunner(model, num_slots, counters)
+    if model in NATIVE:
+        runner = NativeRunner(library.load(), model, num_slots, counters, threads=2)
+        runner.most_steps = most_steps
+    return Engine(runner, Scheduler(num_slots, prefill_chunk), counters)
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
@@ -324,7 +339,7 @@ def test_what_was_held_back_is_told_at_an_end_but_not_where_another_process_may_
     model: Transformer, reason: FinishReason, is_told: bool
 ) -> None:
     one = Sequence(prompt(5, 8), SamplingParams(60, stop=("a" * 64,)), spell=lambda each: "a")
-    engine = engine_for(model)
+    engine = engine_for(model, most_steps=1)
     run(engine, one, steps=8)
     assert len(one.held) == 8
     ((_, events),) = engine.end([one], reason)
@@ -336,7 +351,7 @@ def test_no_end_is_lost_when_what_comes_after_it_raises(model: Transformer) -> N
         raise ZeroDivisionError
 
     short, bad = sequence(3, max_new_tokens=3), sequence(3, seed=1)
-    engine = engine_for(model)
+    engine = engine_for(model, most_steps=1)
     run(engine, short, bad, steps=3)  # both have been read, and one more token ends the short one
     bad.spell = broken
     with pytest.raises(ZeroDivisionError):

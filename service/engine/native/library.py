@@ -1,0 +1,84 @@
+"""Finds the compiled step, or compiles it: seconds, once for each source, set of flags and processor. Knows no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection
+from hashlib import sha256
+from pathlib import Path
+
+from service.engine.processor import cpu_flags, cpu_model
+
+SOURCE = Path(__file__).with_name("step.cpp")
+BUILT = Path(__file__).with_name("built")
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
+COMPILERS = ("c++", "g++", "clang++")
+PORTABLE = "x86-64-v3"
+"""For an image that is built on one machine and runs on others."""
+PORTABLE_NEEDS = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
+COMPILING_S = 120
+
+
+class NoLibrary(Exception):
+    """There is no compiled step here. One clause that says why."""
+
+
+def load() -> ctypes.CDLL:
+    """The compiled step: the one for this processor, or the portable one, or else compiled now. Raises NoLibrary."""
+    own = _built_for(f"native-{cpu_model()}")
+    portable = _built_for(PORTABLE)
+    if not own.exists() and not (portable.exists() and _runs_portable(cpu_flags())):
+        compile_for("native", own)
+    try:
+        return ctypes.CDLL(str(own if own.exists() else portable))
+    except OSError as error:
+        raise NoLibrary(f"it does not load ({error})") from None
+
+
+def compile_for(march: str, target: Path) -> None:
+    """Compile for a processor as -march names it. A reader of the target never sees a half. Raises NoLibrary."""
+    names = (os.environ.get("CXX"), *COMPILERS)
+    compiler = next(filter(None, (shutil.which(name) for name in names if name)), None)
+    if compiler is None:
+        raise NoLibrary("there is no C++ compiler here")
+    try:
+        target.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            output = Path(folder) / target.name
+            command = [compiler, *FLAGS, f"-march={march}", "-o", str(output), str(SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILING_S)
+            output.replace(target)
+    except subprocess.CalledProcessError as error:
+        complaint = next((line for line in error.stderr.splitlines() if "error" in line), "it says nothing")
+        raise NoLibrary(f"{compiler} cannot compile it ({complaint})") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoLibrary(f"it cannot be compiled ({error})") from None
+
+
+def _built_for(processor: str) -> Path:
+    facts = (SOURCE.read_bytes(), FLAGS, processor, sys.platform, platform.machine())
+    return BUILT / f"step-{sha256(repr(facts).encode()).hexdigest()[:16]}.so"
+
+
+def _runs_portable(flags: Collection[str]) -> bool:
+    return PORTABLE_NEEDS.issubset(flags)
+
+
+def main() -> int:
+    """``python -m service.engine.native.library``: compile the portable step, for an image."""
+    try:
+        compile_for(PORTABLE, _built_for(PORTABLE))
+    except NoLibrary as reason:
+        print(f"the native step is not compiled: {reason}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

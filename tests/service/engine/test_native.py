@@ -1,0 +1,230 @@
+"""The native step computes what torch computes, in whatever company, by however many threads and steps at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import checkpoint
+from model.sampling import SamplingBatch, draw
+from model.transformer import Transformer
+from service.engine.batch import DecodeBatch, Wishes
+from service.engine.counters import ExpertCounters
+from service.engine.drawn import Drawn
+from service.engine.native import library
+from service.engine.native.library import NoLibrary
+from service.engine.native.runner import NativeRunner, why_not
+from service.engine.runner import Runner, TorchRunner
+from tests.checkpoints import tiny_model
+from tests.evidence import At, Evidence
+from training import record
+
+SHIPPED = Path(__file__).parents[3] / "checkpoints" / "shakespeare"
+SHAPES: dict[str, dict[str, Any]] = {
+    "relu": {"activation": "relu"},
+    "gelu": {"activation": "gelu", "expert_size": 48},
+    "top-1 over all": {"experts_per_token": 1, "gates_over": "all"},
+    "many experts": {"num_experts": 70, "experts_per_token": 7, "expert_size": 16},
+    "one expert": {"num_experts": 1, "experts_per_token": 1},
+    "wide": {"hidden_size": 208, "num_heads": 6, "num_kv_heads": 3, "head_dim": 64, "expert_size": 144},
+    "long": {"context_length": 100, "num_layers": 1},
+}
+
+
+def model_of(**shape: Any) -> Transformer:
+    return record.as_served(tiny_model(**shape)).requires_grad_(False)
+
+
+def native(model: Transformer, slots: int = 16, threads: int = 2) -> NativeRunner:
+    return NativeRunner(library.load(), model, slots, ExpertCounters(model.config, slots, model.device), threads)
+
+
+def counted(runner: NativeRunner | TorchRunner) -> tuple[Tensor, Tensor]:
+    return runner.counters.totals()
+
+
+def options(rows: int, seed: int = 0) -> SamplingBatch:
+    """Every filter on and off, in all combinations of neighbours, and greedy rows."""
+    chance = torch.Generator().manual_seed(seed)
+
+    def some(*values: float) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64)[torch.randint(len(values), (rows,), generator=chance)]
+
+    seeds = torch.randint(2**63 - 1, (rows,), generator=chance)
+    return SamplingBatch(some(0, 0.3, 0.8, 2), some(0, 0, 1, 5, 65, 100).long(), some(1, 0.9, 0.3), some(0, 0.1), seeds)
+
+
+def batch_of(ids: Tensor, slots: Tensor, positions: Tensor, wishes: Wishes | None = None) -> DecodeBatch:
+    wishes = wishes or Wishes(10, None)
+    return DecodeBatch(ids, slots, positions, len(ids), options(len(ids)), wishes)
+
+
+@torch.inference_mode()
+def read(runner: Runner, ids: Tensor, rows: int, start: int = 0) -> list[Drawn]:
+    """Feed rows of forced ids (T, rows), step by step."""
+    slots = torch.arange(rows)
+    drawn = [runner.run(batch_of(row, slots, torch.full((rows,), start + at)), 1) for at, row in enumerate(ids)]
+    return [each for each in drawn if each]
+
+
+def compare(ours: Sequence[Drawn], theirs: Sequence[Drawn]) -> tuple[float, int, int]:
+    """The largest difference of a log-probability; places where experts differ, and where the likeliest letter does."""
+    apart, experts, letters = 0.0, 0, 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.logprobs
+        assert b.logprobs
+        apart = max(apart, (a.logprobs[2] - b.logprobs[2]).abs().max().item())
+        experts += int((a.expert_ids != b.expert_ids).sum())
+        # Two letters that are this close to each other are a tie.
+        clear = b.logprobs[2][..., 0] - b.logprobs[2][..., 1] > 1e-4
+        letters += int(((a.logprobs[1] != b.logprobs[1])[..., 0] & clear).sum())
+        assert (a.expert_weights - b.expert_weights).abs().max() < 1e-4 or experts
+    return apart, experts, letters
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_every_shape_is_what_torch_computes_past_its_context_and_counted_alike(shape: dict[str, Any]) -> None:
+    model = model_of(**shape)
+    steps, rows = model.config.context_length + 20, 5
+    ids = torch.randint(65, (steps, rows), generator=torch.Generator().manual_seed(1))
+    ours = native(model)
+    theirs = TorchRunner(model, 16, ExpertCounters(model.config, 16, model.device))
+    theirs.pad_rows_to(1)
+    apart, experts, letters = compare(read(ours, ids, rows), read(theirs, ids, rows))
+    assert apart < 1e-4
+    assert (experts, letters) == (0, 0)
+    for a, b in zip(counted(ours), counted(theirs), strict=True):
+        assert (a - b).abs().max() <= 64 * (a.numel() > 0) * 2**7, "weights differ by rounding alone"
+    assert torch.equal(counted(ours)[0], counted(theirs)[0])
+
+
+def test_the_shipped_model_is_what_torch_computes(at: At, evidence: Evidence, corpus: Any) -> None:
+    loaded = checkpoint.load(SHIPPED)
+    rows, steps = 10, at(60, 1000)
+    text = torch.tensor(loaded.tokenizer.encode(corpus.validation[: rows * steps]))
+    ids = text.view(rows, steps).T
+    ours, theirs = native(loaded.model), TorchRunner(
+        loaded.model, 16, ExpertCounters(loaded.config, 16, loaded.model.device)
+    )
+    apart, experts, letters = compare(read(ours, ids, rows), read(theirs, ids, rows))
+    evidence("forced tokens", rows * steps)
+    evidence("largest difference of a log-probability", apart)
+    evidence("places where another expert was chosen", experts)
+    assert apart < 1e-4
+    assert letters == 0
+
+
+def test_bits_depend_neither_on_company_nor_on_threads_nor_on_the_length_of_a_burst() -> None:
+    model = model_of(hidden_size=80, num_experts=6)
+    ids = torch.randint(65, (17,), generator=torch.Generator().manual_seed(2))
+    zero = torch.zeros(17, dtype=torch.int64)
+
+    def trace(threads: int, rows: Sequence[int], bursts: Sequence[int]) -> list[list[object]]:
+        """What each of these rows draws, in one batch."""
+        runner, chosen = native(model, 17, threads), torch.tensor(rows)
+        told: list[list[object]] = [[] for _ in rows]
+        whole = batch_of(ids[chosen], chosen, zero[chosen])
+        fed, done = replace(whole, options=rows_of(options(17), chosen)), 0
+        for steps in bursts:
+            drawn = runner.run(fed, steps)
+            assert drawn
+            assert drawn.logprobs
+            for step in range(steps):
+                for row, events in enumerate(told):
+                    values = (drawn.token_ids, drawn.expert_ids, drawn.expert_weights, *drawn.logprobs)
+                    events.append([value[step, row].tolist() for value in values])
+            done += steps
+            fed = replace(fed, ids=drawn.token_ids[-1], positions=zero[chosen] + done)
+        return told
+
+    expected = trace(1, range(17), [1] * 32)
+    assert trace(2, range(17), [16, 16]) == expected
+    assert trace(3, range(17), [1, 2, 3, 4, 5, 6, 11]) == expected
+    for row in (0, 7, 16):
+        assert trace(2, [row], [7] * 4 + [4]) == [expected[row]]
+    some = [16, 3, 9, 4, 11]
+    assert trace(2, some, [32 - 15, 15]) == [expected[row] for row in some]
+
+
+def rows_of(batch: SamplingBatch, rows: Tensor) -> SamplingBatch:
+    return SamplingBatch(*(getattr(batch, name)[rows] for name in ("temperature", "top_k", "top_p", "min_p", "seed")))
+
+
+def test_it_draws_what_the_reference_draws_from_the_same_logits(at: At) -> None:
+    """Ties and filters included. Where all logarithms are told, the logits are known but for a constant."""
+    model = model_of(vocab_size=64)
+    runner, rows = native(model, 512), 512
+    with torch.inference_mode():
+        for round_ in range(at(4, 100)):
+            ids = torch.randint(64, (rows,), generator=torch.Generator().manual_seed(round_))
+            given = replace(
+                batch_of(ids, torch.arange(rows), torch.full((rows,), round_), Wishes(64, None)),
+                options=options(rows, round_),
+            )
+            drawn = runner.run(given, 1)
+            assert drawn
+            assert drawn.logprobs
+            _, order, values = (each[0] for each in drawn.logprobs)
+            logits = torch.empty_like(values).scatter(-1, order, values)
+            assert torch.equal(drawn.token_ids[0], draw(logits, given.options, given.positions + 1))
+
+
+def test_experts_that_a_row_does_without_are_never_chosen_and_others_keep_theirs() -> None:
+    model = model_of()
+    disabled = torch.zeros(2, 3, 4, dtype=torch.bool)
+    disabled[1, 0, [0, 2]] = True
+    ids, slots, positions = torch.tensor([5, 5]), torch.tensor([3, 4]), torch.tensor([0, 0])
+    runner = native(model)
+    plain = runner.run(batch_of(ids, slots, positions), 8)
+    without = runner.run(batch_of(ids, slots, positions, Wishes(3, disabled)), 8)
+    assert plain
+    assert without
+    assert torch.equal(plain.expert_ids[:, 0], without.expert_ids[:, 0])
+    assert set(without.expert_ids[:, 1, 0].flatten().tolist()) == {1, 3}
+
+
+def test_a_row_that_is_not_finite_says_so_and_leaves_its_neighbours_alone() -> None:
+    model = model_of()
+    three = batch_of(torch.tensor([1, 3, 2]), torch.tensor([0, 2, 1]), torch.tensor([9, 9, 9]))
+    two = torch.tensor([0, 2])
+    others = batch_of(three.ids[two], three.slots[two], three.positions[two])
+    expected = native(model).run(replace(others, options=rows_of(three.options, two)), 4)
+    runner = native(model)
+    runner.cache.values[:, 2] = float("nan")
+    drawn = runner.run(three, 4)
+    assert expected
+    assert drawn
+    assert drawn.is_finite.tolist() == [[True, False, True]] * 4
+    assert torch.equal(drawn.expert_weights[:, two], expected.expert_weights)
+    runner.clear(2)
+    again = runner.run(batch_of(torch.tensor([3]), torch.tensor([2]), torch.tensor([0])), 4)
+    assert again
+    assert again.is_finite.all()
+
+
+def test_what_it_cannot_compute_is_named() -> None:
+    assert why_not(tiny_model(num_experts=16, num_groups=4).config) == "it has no two levels of gating"
+    assert "head_dim is 48" in (why_not(tiny_model(head_dim=48).config) or "")
+    with pytest.raises(NoLibrary, match="bfloat16"):
+        native(tiny_model())
+
+
+def test_without_a_compiler_or_with_a_broken_one_there_is_no_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "BUILT", tmp_path / "built")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NoLibrary, match="no C\\+\\+ compiler"):
+        library.load()
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'error: not today' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(NoLibrary, match="not today"):
+        library.load()
+    assert list((tmp_path / "built").iterdir()) == []
