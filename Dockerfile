@@ -13,12 +13,21 @@ RUN case "$TORCH" in \
     && /opt/venv/bin/python -m pip install --constraint constraints.txt pip \
     && /opt/venv/bin/python -m pip install --constraint constraints.txt --group run
 
+# The native step for any x86-64 processor of the last ten years; on others torch decodes, and the log says so.
+FROM python:3.11-slim-bookworm AS native
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+WORKDIR /app
+COPY service service
+RUN if [ "$(uname -m)" = x86_64 ]; then python -m service.engine.native.library; else mkdir service/engine/native/built; fi
+
 FROM python:3.11-slim-bookworm
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin moescope
 WORKDIR /app
 COPY --from=packages /opt/venv /opt/venv
 COPY pyproject.toml ./
 COPY service service
+COPY --from=native /app/service/engine/native/built service/engine/native/built
 COPY model model
 COPY checkpoints checkpoints
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MOESCOPE_HOST=0.0.0.0 MOESCOPE_PORT=8000

@@ -78,7 +78,9 @@ class Rows:
         assert self.expert_weights is not None
         return frozen(self.expert_ids[step][row]), frozen(self.expert_weights[step][row])
 
-    def _logprobs(self, step: int, row: int, count: int | None) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
+    def _logprobs(
+        self, step: int, row: int, count: int | None
+    ) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
         if count is None or self.logprobs is None:
             return None, None
         assert self.top_ids is not None

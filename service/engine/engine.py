@@ -94,7 +94,7 @@ class Engine:
         return StepReport(self._take_news(), plan.phase, self._clock() - started, len(plan.sequences), steps)
 
     def _burst(self, sequences: tuple[Sequence, ...]) -> int:
-        """How many steps to make at once: none that all rows would make for nothing, none beyond a reader's patience."""
+        """How many steps to make at once: none for nothing, none beyond what a reader may leave unread."""
         longest = max(each.params.max_new_tokens - len(each.token_ids) for each in sequences)
         unread = min((each.may_be_unread for each in sequences if each.may_be_unread is not None), default=longest)
         return max(1, min(self.runner.most_steps, int(BURST_S / self._step_s), longest, unread))

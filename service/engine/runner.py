@@ -108,13 +108,16 @@ class TorchRunner:
         logits = self._model.head(hidden)
         token_ids = draw(logits, batch.options, positions)
         wanted = batch.wishes.num_logprobs
-        logprobs = () if wanted is None else log_probabilities(logits, token_ids, wanted)
+        logprobs = None
+        if wanted is not None:
+            of_drawn, ids, best = log_probabilities(logits, token_ids, wanted)
+            logprobs = of_drawn[None], ids[None], best[None]
         return Drawn(
             token_ids=token_ids[None, :num_rows],
             is_finite=logits.isfinite().all(dim=-1)[None, :num_rows],
             expert_ids=torch.stack([routing.expert_ids[:num_rows] for routing in routings], dim=1)[None],
             expert_weights=torch.stack([routing.expert_weights[:num_rows] for routing in routings], dim=1)[None],
-            logprobs=tuple(each[None] for each in logprobs) or None,
+            logprobs=logprobs,
         )
 
 

@@ -1,4 +1,4 @@
-"""Finds the compiled step, or compiles it: seconds, once for each source, set of flags and processor. Knows no torch."""
+"""Finds the compiled step, or compiles it: seconds, once for each source, flags and processor. Knows no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection
 from hashlib import sha256
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def load() -> ctypes.CDLL:
     """The compiled step: the one for this processor, or the portable one, or else compiled now. Raises NoLibrary."""
     own = _built_for(f"native-{cpu_model()}")
     portable = _built_for(PORTABLE)
-    if not own.exists() and not (portable.exists() and _runs_portable(cpu_flags())):
+    if not own.exists() and not (portable.exists() and runs_portable()):
         compile_for("native", own)
     try:
         return ctypes.CDLL(str(own if own.exists() else portable))
@@ -66,8 +65,8 @@ def _built_for(processor: str) -> Path:
     return BUILT / f"step-{sha256(repr(facts).encode()).hexdigest()[:16]}.so"
 
 
-def _runs_portable(flags: Collection[str]) -> bool:
-    return PORTABLE_NEEDS.issubset(flags)
+def runs_portable() -> bool:
+    return cpu_flags() >= PORTABLE_NEEDS
 
 
 def main() -> int:

@@ -139,7 +139,9 @@ class NativeRunner:
         arrays = [None if each is None else each.contiguous() for each in arrays]
         now = _Steps(rows, steps, *(None if each is None else each.data_ptr() for each in arrays))
         self._library.moescope_run(self._step, ctypes.byref(now))
-        return Drawn(*drawn, *routing, None if logits is None or wanted is None else _logprobs(logits, drawn[0], wanted))
+        return Drawn(
+            *drawn, *routing, None if logits is None or wanted is None else _logprobs(logits, drawn[0], wanted)
+        )
 
 
 def _logprobs(logits: Tensor, token_ids: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
