@@ -7,7 +7,7 @@ CODE := $(wildcard service model training benchmarks tests)
 given = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
 
 .NOTPARALLEL:
-.PHONY: help serve test train lint bench bench-interop prove evidence walkthrough no-python
+.PHONY: help serve test train lint bench bench-interop bench-peers prove evidence walkthrough no-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ lint: .venv/lint.stamp ## ruff, mypy, the import direction, Dockerfile and docke
 bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
 	@$(PY) -m benchmarks $(ARGS)
 	@$(PY) -m benchmarks.training
+
+bench-peers: .venv/train.stamp ## race llama.cpp and vLLM over HTTP, which are installed for it (ARGS='--contestants ...')
+	@exec $(PY) -m benchmarks.race $(ARGS)
 
 bench-interop: .venv/train.stamp ## compare greedy text with llama.cpp, which is installed for it (ARGS='--peers vllm')
 	@exec $(PY) -m benchmarks.interop $(ARGS)

@@ -1,25 +1,67 @@
 """A load client that leaves the cores to the server: one thread, sockets kept alive, events counted by searching bytes.
 
-Knows as much of HTTP as Moescope's answers need. What it counts is compared with what every answer says at its end, so
-a proxy that cuts chunks inside an event is noticed, but cannot be measured.
+Knows as much of HTTP as the servers' answers need. What it counts is compared with what every answer says at its end,
+so a proxy that cuts chunks inside an event is noticed, but cannot be measured.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import selectors
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.workload import Request
 
 PATIENCE_S = 60.0
-# JSON escapes newlines, so none of these can be part of a text.
-TOKEN, DONE, END = b"event: token\n", b"event: done\n", b"\r\n0\r\n\r\n"
-KEPT = len(TOKEN) - 1  # of what has been searched: enough for a marker that is cut in two, too little to count it twice
+END = b"\r\n0\r\n\r\n"
+TAIL = 8192  # bytes of an answer's end, in which its usage is told
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a server is asked, and what of an answer's bytes is a token, an empty one that is none, and the token count.
+
+    JSON escapes newlines and quotes, so no mark can be part of a text.
+    """
+
+    path: str
+    body: Callable[[Request], dict[str, Any]]
+    token: bytes
+    no_token: bytes
+    done: bytes
+    usage: re.Pattern[bytes]
+
+
+def _ours(request: Request) -> dict[str, Any]:
+    return {"prompt": request.prompt, "seed": request.seed, "max_new_tokens": request.new_tokens}
+
+
+MOESCOPE = Dialect(
+    "/generate",
+    _ours,
+    token=b"event: token\n",
+    no_token=b"event: token\n\n",
+    done=b"event: done\n",
+    usage=re.compile(rb'"generated_tokens":(\d+)'),
+)
+
+
+def openai(model: str, **more: Any) -> Dialect:
+    """The completions of OpenAI's API, which all servers speak; more is what only this server is told."""
+
+    def body(request: Request) -> dict[str, Any]:
+        options = {"temperature": 0.8, "stream": True, "stream_options": {"include_usage": True}, **more}
+        return {"model": model, "prompt": request.prompt, "max_tokens": request.new_tokens, **options}
+
+    usage = re.compile(rb'"completion_tokens":\s*(\d+)')
+    return Dialect("/v1/completions", body, b'"text":"', b'"text":""', b"data: [DONE]\n", usage)
 
 
 class BrokenAnswer(Exception):
@@ -43,17 +85,19 @@ class Answer:
 class Stream:
     """One connection and the requests it sends, one after the other."""
 
-    def __init__(self, url: str, requests: list[Request]) -> None:
+    def __init__(self, url: str, requests: list[Request], dialect: Dialect) -> None:
         parts = urlsplit(url)
         self.answers: list[Answer] = []
         self.socket = socket.create_connection((parts.hostname, parts.port or 80), PATIENCE_S)
-        self._waiting = [(encode(request, parts.netloc, parts.path), request.new_tokens) for request in requests]
+        self._dialect = dialect
+        path = parts.path + dialect.path
+        self._waiting = [(encode(dialect.body(each), parts.netloc, path), each.new_tokens) for each in requests]
 
     def send_next(self) -> bool:
         """False when there is nothing left to send."""
         if self._waiting:
             content, self._asked = self._waiting.pop(0)
-            self._rest = b""
+            self._line, self._tail = b"", b""
             self.answers.append(Answer(time.perf_counter()))
             self.socket.sendall(content)
             return True
@@ -65,36 +109,40 @@ class Stream:
         now = time.perf_counter()
         if not arrived or (arrived.startswith(b"HTTP/1.1") and not arrived.startswith(b"HTTP/1.1 200")):
             raise BrokenAnswer(arrived.decode(errors="replace") or "the server closed the connection")
-        data = self._rest + arrived
-        answer = self.answers[-1]
-        answer.token_times += [now] * data.count(TOKEN)
-        done = data.find(DONE)
-        self._rest = data[done:] if done >= 0 else data[-KEPT:]
-        if not data.endswith(END):
+        lines, newline, self._line = (self._line + arrived).rpartition(b"\n")
+        lines += newline
+        answer, dialect = self.answers[-1], self._dialect
+        answer.token_times += [now] * (lines.count(dialect.token) - lines.count(dialect.no_token))
+        self._tail = (self._tail + lines)[-TAIL:]
+        if self._line or not self._tail.endswith(END):
             return False
         answer.ended_at = now
-        self._check(data, len(answer.token_times))
+        self._check(answer)
         return True
 
-    def _check(self, end: bytes, counted: int) -> None:
-        """Does the count agree with what the server says, and with what was asked?"""
-        if not self._rest.startswith(DONE):
-            raise BrokenAnswer(end.decode(errors="replace"))
-        usage = json.loads(self._rest.splitlines()[1].removeprefix(b"data: "))["usage"]
-        if not counted == usage["generated_tokens"] == self._asked:
-            raise BrokenAnswer(f"{counted} tokens counted, {usage['generated_tokens']} sent, {self._asked} asked for")
+    def _check(self, answer: Answer) -> None:
+        """Does the count agree with what the server says, and with what was asked?
+
+        A server that puts several tokens into one event is believed: they arrived together.
+        """
+        told = self._dialect.usage.findall(self._tail)
+        if self._dialect.done not in self._tail or not told:
+            raise BrokenAnswer(self._tail.decode(errors="replace"))
+        counted, sent = len(answer.token_times), int(told[-1])
+        if not counted <= sent == self._asked or counted == 0:
+            raise BrokenAnswer(f"{counted} tokens counted, {sent} sent, {self._asked} asked for")
+        answer.token_times += answer.token_times[-1:] * (sent - counted)
 
 
-def encode(request: Request, host: str, path: str) -> bytes:
-    body = {"prompt": request.prompt, "seed": request.seed, "max_new_tokens": request.new_tokens}
+def encode(body: dict[str, Any], host: str, path: str) -> bytes:
     content = json.dumps(body).encode()
-    head = f"POST {path}/generate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
-def closed_loop(url: str, queues: list[list[Request]]) -> list[Answer]:
+def closed_loop(url: str, queues: list[list[Request]], dialect: Dialect = MOESCOPE) -> list[Answer]:
     """All answers to all requests, one connection for each queue. Raises BrokenAnswer, OSError."""
-    streams = [Stream(url, queue) for queue in queues]
+    streams = [Stream(url, queue, dialect) for queue in queues]
     try:
         with selectors.DefaultSelector() as selector:
             for stream in streams:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,26 +45,48 @@ class Target:
     """A running server. Raises OSError when there is none."""
 
     def __init__(self, url: str, pid: int | None = None) -> None:
-        self._url = url.rstrip("/")
-        self._pid = pid
-        with urllib.request.urlopen(f"{self._url}/info", timeout=client.PATIENCE_S) as response:
+        self.url = url.rstrip("/")
+        self.pid = pid
+        with urllib.request.urlopen(f"{self.url}/info", timeout=client.PATIENCE_S) as response:
             self.info: dict[str, Any] = json.load(response)
 
     def trial(self, workload: Workload, streams: int) -> HttpTrial:
         """Raises BrokenAnswer, OSError."""
-        vocabulary = self.info["vocabulary"]
-        client.closed_loop(self._url, workload.warm_up().queues(vocabulary, streams))
-        queues = workload.queues(vocabulary, streams)
-        own, server = time.process_time(), self._cpu_seconds()
-        answers = client.closed_loop(self._url, queues)
-        return HttpTrial(answers, time.process_time() - own, self._cpu_seconds() - server if self._pid else None)
+        return measure(self.url, workload, streams, self.info["vocabulary"], client.MOESCOPE, self.pid)
 
-    def _cpu_seconds(self) -> float:
-        """Of all threads of the process since it began."""
-        if self._pid is None:
-            return 0.0
-        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime
+
+def measure(
+    url: str, workload: Workload, streams: int, vocabulary: Sequence[str], dialect: client.Dialect, pid: int | None
+) -> HttpTrial:
+    """One closed loop on a server that has been warmed up. Raises BrokenAnswer, OSError."""
+    client.closed_loop(url, workload.warm_up().queues(vocabulary, streams), dialect)
+    queues = workload.queues(vocabulary, streams)
+    own, server = time.process_time(), cpu_seconds(pid)
+    answers = client.closed_loop(url, queues, dialect)
+    return HttpTrial(answers, time.process_time() - own, cpu_seconds(pid) - server if pid else None)
+
+
+def cpu_seconds(pid: int | None) -> float:
+    """Of all threads of the process and its children since it began."""
+    ticks = 0
+    for each in family(pid):
+        fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # utime and stime
+    return float(ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def peak_mib(pid: int) -> float:
+    """The most memory that the process and its children have had, in MiB, if they all had it at the same time."""
+    lines = [line for each in family(pid) for line in Path(f"/proc/{each}/status").read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+
+def family(pid: int | None) -> list[int]:
+    """The process and all that descend from it; nobody for None."""
+    if pid is None:
+        return []
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [pid, *(each for task in tasks for child in task.read_text().split() for each in family(int(child)))]
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def figures(streams: int, engine: Sequence[EngineTrial], http: Sequence[HttpTria
     return {
         "streams": streams,
         "engine": _engine(engine) if engine else None,
-        "http": _http(http) if http else None,
+        "http": over_http(http) if http else None,
         "share": _median(shares, 4),
         "shares": [round(share, 4) for share in shares],
     }
@@ -57,7 +57,7 @@ def _engine(trials: Sequence[EngineTrial]) -> Figures:
     }
 
 
-def _http(trials: Sequence[HttpTrial]) -> Figures:
+def over_http(trials: Sequence[HttpTrial]) -> Figures:
     answers = [answer for trial in trials for answer in trial.answers]
     return {
         **_rates(trials, [trial.server_cpu_seconds for trial in trials]),
