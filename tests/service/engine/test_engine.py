@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from service.engine.batch import Batch, DecodeBatch
 from service.engine.counters import ExpertCounters
 from service.engine.drawn import Drawn
 from service.engine.engine import Engine
-from service.engine.native import library
 from service.engine.native.runner import NativeRunner
 from service.engine.probe import find_row_multiple
 from service.engine.runner import Runner, TorchRunner
@@ -29,7 +29,7 @@ SHIPPED = Path(__file__).parents[3] / "checkpoints" / "shakespeare"
 CONTEXT = 32
 
 
-NATIVE: set[Transformer] = set()  # those that the native step decodes
+NATIVE: dict[Transformer, ctypes.CDLL] = {}  # those that the native step decodes
 
 
 @pytest.fixture(scope="module", params=["torch", "native"])
@@ -38,7 +38,7 @@ def model(device: torch.device, request: pytest.FixtureRequest) -> Transformer:
     if request.param == "native":
         if device.type != "cpu":
             pytest.skip("the native step is for CPUs")
-        NATIVE.add(model)
+        NATIVE[model] = request.getfixturevalue("native_step")
     return model
 
 
@@ -46,7 +46,7 @@ def engine_for(model: Transformer, num_slots: int = 16, prefill_chunk: int = 16,
     counters = ExpertCounters(model.config, num_slots, model.device)
     runner: Runner = TorchRunner(model, num_slots, counters)
     if model in NATIVE:
-        runner = NativeRunner(library.load(), model, num_slots, counters, threads=2)
+        runner = NativeRunner(NATIVE[model], model, num_slots, counters, threads=2)
         runner.most_steps = most_steps
     return Engine(runner, Scheduler(num_slots, prefill_chunk), counters)
 

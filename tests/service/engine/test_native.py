@@ -43,16 +43,10 @@ def model_of(**shape: Any) -> Transformer:
     return record.as_served(tiny_model(**shape)).requires_grad_(False)
 
 
-@pytest.fixture(scope="module", params=["native", library.PORTABLE])
-def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """As it is compiled where it runs, and as it is in the image."""
-    if request.param == "native":
-        return library.load()
-    if not library.runs_portable():
-        pytest.skip(f"this processor is no {library.PORTABLE}")
-    target = tmp_path_factory.mktemp("built") / "step.so"
-    library.compile_for(library.PORTABLE, target)
-    return ctypes.CDLL(str(target))
+@pytest.fixture(params=["native_step", "portable_step"])
+def step(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    step: ctypes.CDLL = request.getfixturevalue(request.param)
+    return step
 
 
 def native(step: ctypes.CDLL, model: Transformer, slots: int = 16, threads: int = 2) -> NativeRunner:
@@ -225,11 +219,11 @@ def test_a_row_that_is_not_finite_says_so_and_leaves_its_neighbours_alone(step: 
     assert again.is_finite.all()
 
 
-def test_what_it_cannot_compute_is_named() -> None:
+def test_what_it_cannot_compute_is_named(native_step: ctypes.CDLL) -> None:
     assert why_not(tiny_model(num_experts=16, num_groups=4).config) == "it has no two levels of gating"
     assert "head_dim is 48" in (why_not(tiny_model(head_dim=48).config) or "")
     with pytest.raises(NoLibrary, match="bfloat16"):
-        native(library.load(), tiny_model())
+        native(native_step, tiny_model())
 
 
 def test_without_a_compiler_or_with_a_broken_one_there_is_no_library(
