@@ -205,7 +205,7 @@ def test_a_full_queue_refuses_and_the_deadline_ends_a_stream_as_timed_out(start_
         waiting = server.send(max_new_tokens=FOR_EVER)
         server.wait_for(requests_queued=1)
         refused = server.generate()
-    waiting.close()
+        waiting.close()
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
     assert int(refused.headers["retry-after"]) >= 1
     assert only(running.result(), "done")["finish_reason"] == "timeout"
