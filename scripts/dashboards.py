@@ -20,6 +20,7 @@ from scripts.panels import (
     LAYERS,
     MATRIX_WINDOW,
     OF_ALL,
+    Colours,
     choice,
     dashboard,
     heat,
@@ -39,9 +40,9 @@ SHARE: Final = f"avg by (layer, expert) (moescope:expert_share:rate5m{{{OF_ALL}}
 BASELINE: Final = f"avg by (layer, expert) (moescope_expert_baseline_share{{{LAYERS}}})"
 DRIFT_ALERT: Final = 0.1  # the line of the alert RoutingDrift in deploy/prometheus/rules.yml
 
-BAD_FROM_ONE: Final = {None: "green", 1: "red"}
-GOOD_FROM_ONE: Final = {None: "red", 1: "green"}
-RATIO_TO_BASELINE: Final = {None: "red", 0.1: "orange", 0.5: "green", 2: "orange", 3: "red"}
+BAD_FROM_ONE: Final[Colours] = {None: "green", 1: "red"}
+GOOD_FROM_ONE: Final[Colours] = {None: "red", 1: "green"}
+RATIO_TO_BASELINE: Final[Colours] = {None: "red", 0.1: "orange", 0.5: "green", 2: "orange", 3: "red"}
 
 LATENCIES: Final = {
     "time_to_first_token": ("Time to first token", "From accepting a request to its first token: waiting and reading."),
@@ -457,40 +458,38 @@ def share_in(phase: str) -> str:
     return f"({per_expert('moescope_expert_tokens_total', where)} / on (layer) group_left () {of_layer})"
 
 
-def files() -> dict[Path, str]:
-    """The text of every dashboard's file."""
-    pages = {"overview.json": overview(), "experts.json": experts()}
-    return {TARGET / name: as_json(page) for name, page in pages.items()}
+def files() -> dict[str, str]:
+    """Name and text of every dashboard's file."""
+    return {"overview.json": as_json(overview()), "experts.json": as_json(experts())}
 
 
 def as_json(page: Dashboard) -> str:
     model: dict[str, Any] = json.loads(json.dumps(page.build(), cls=JSONEncoder))
     for place, panel in enumerate(model["panels"], start=1):
         panel["id"] = place  # without one Grafana numbers them itself
-    for link in model["links"]:
-        del link["placement"]  # the only one that the types know hides the link in a menu
     return json.dumps(model, indent=1, sort_keys=True) + "\n"
 
 
-def check() -> int:
-    stale = [path.name for path, text in files().items() if not path.exists() or path.read_text() != text]
-    if stale:
-        print(f"{', '.join(stale)} in deploy/grafana/dashboards: not what the script writes; make dashboards")
-    return len(stale)
+def stale(folder: Path) -> list[str]:
+    """Names of the files in it that are not what would be written, missing ones and those of nobody included."""
+    there = {path.name: path.read_text() for path in folder.glob("*.json")}
+    wanted = files()
+    return sorted(name for name in there | wanted if there.get(name) != wanted.get(name))
 
 
-def write() -> None:
-    TARGET.mkdir(parents=True, exist_ok=True)
-    for path, text in files().items():
-        path.write_text(text)
+def write(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files().items():
+        (folder / name).write_text(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write Grafana's dashboards.")
-    parser.add_argument("--check", action="store_true", help="write nothing; say which file is stale, exit 1")
-    if parser.parse_args().check:
-        sys.exit(min(check(), 1))
-    write()
+    parser.add_argument("--check", action="store_true", help="write nothing; say which files are stale, exit 1")
+    if not parser.parse_args().check:
+        write(TARGET)
+    elif names := stale(TARGET):
+        sys.exit(f"deploy/grafana/dashboards: {', '.join(names)} not as the script writes it; run make dashboards")
 
 
 if __name__ == "__main__":

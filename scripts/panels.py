@@ -19,7 +19,7 @@ from grafana_foundation_sdk.models import dashboard as grafana
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-SOURCE: Final = options.DataSourceRef(type_val="prometheus", uid="${datasource}")
+SOURCE: Final = grafana.DataSourceRef(type_val="prometheus", uid="${datasource}")
 HERE: Final = 'job="moescope", instance=~"$instance"'
 LAYERS: Final = HERE + ', layer=~"$layer"'
 OF_ALL: Final = 'layer=~"$layer"'  # what rules record has been summed over the instances
@@ -53,8 +53,7 @@ def choice(name: str, label: str, query: str) -> QueryVariable:
         QueryVariable(name)
         .label(label)
         .datasource(SOURCE)
-        .query({"query": query, "refId": name, "qryType": 5})  # 5 is a query in PromQL's old words
-        .definition(query)
+        .query({"query": query, "refId": name, "qryType": 5})  # 5: the query is this text
         .refresh(grafana.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(grafana.VariableSort.NUMERICAL_ASC)
         .multi(True)
