@@ -12,7 +12,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.service.serving import wait_until
+from tests.service.serving import free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -21,7 +21,7 @@ Series = list[dict[str, Any]]
 
 
 class Addresses:
-    """Loopback addresses of our own for the services of docker-compose.yml, so that each has the port it has there.
+    """A loopback address of its own for every service of docker-compose.yml, so that each has the port it has there.
 
     Nobody else on this machine sees the names: they stand in a hosts file that only the programs started here have.
     """
@@ -50,7 +50,7 @@ class Prometheus:
         binary = shutil.which("prometheus")
         if binary is None:
             pytest.skip("no Prometheus on this machine (Debian: apt install --no-install-recommends prometheus)")
-        address = f"{addresses.of['prometheus']}:9090"
+        address = f"{addresses.of['prometheus']}:{free_port()}"  # nobody but the test asks it
         given = [flag for flag in COMPOSE["services"]["prometheus"]["command"] if "storage.tsdb.path" not in flag]
         flags = [*given, f"--storage.tsdb.path={folder / 'tsdb'}", f"--web.listen-address={address}"]
         mounts = {addresses.hosts: "/etc/hosts", ROOT / "deploy" / "prometheus": "/etc/prometheus"}
