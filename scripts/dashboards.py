@@ -16,10 +16,12 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
 from scripts.panels import (
+    CELLS,
     HERE,
+    JOB,
     LAYERS,
     MATRIX_WINDOW,
-    OF_ALL,
+    RECORDED,
     Colours,
     choice,
     dashboard,
@@ -36,13 +38,13 @@ from scripts.panels import (
 )
 
 TARGET: Final = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards"
-SHARE: Final = f"avg by (layer, expert) (moescope:expert_share:rate5m{{{OF_ALL}}})"
+SHARE: Final = f"avg by (layer, expert) (moescope:expert_share:rate5m{{{RECORDED}}})"
 BASELINE: Final = f"avg by (layer, expert) (moescope_expert_baseline_share{{{LAYERS}}})"
-DRIFT_ALERT: Final = 0.1  # the line of the alert RoutingDrift in deploy/prometheus/rules.yml
+DRIFT_ALERT: Final = 0.03  # the line of the alert RoutingDrift in deploy/prometheus/rules.yml
 
 BAD_FROM_ONE: Final[Colours] = {None: "green", 1: "red"}
 GOOD_FROM_ONE: Final[Colours] = {None: "red", 1: "green"}
-RATIO_TO_BASELINE: Final[Colours] = {None: "red", 0.1: "orange", 0.5: "green", 2: "orange", 3: "red"}
+RATIO_TO_BASELINE: Final[Colours] = {None: "red", 0.05: "orange", 0.5: "green", 2: "orange", 3: "red"}
 
 LATENCIES: Final = {
     "time_to_first_token": ("Time to first token", "From accepting a request to its first token: waiting and reading."),
@@ -135,7 +137,7 @@ def overview_traffic(page: Dashboard) -> None:
             "Alerts",
             "A bar for the time in which an alert was pending (yellow) or firing (red); none is good.",
             "{{alertname}} {{layer}} {{expert}}",
-            'max by (alertname, layer, expert) (ALERTS{alertstate="firing"} * 2 or ALERTS{alertstate="pending"})',
+            f'max by (alertname, layer, expert) (ALERTS{{{JOB}, alertstate="firing"}} * 2 or ALERTS{{{JOB}}})',
             width=24,
             colours={None: "yellow", 2: "red"},
         )
@@ -369,7 +371,7 @@ def experts_who_does_the_work(page: Dashboard) -> None:
         matrix(
             "Idle map",
             "Tokens each expert worked on in the last five minutes; red had none, and all red is no traffic at all.",
-            f"sum by (layer, expert) (increase(moescope_expert_tokens_total{{{LAYERS}}}[{MATRIX_WINDOW}]))",
+            f"sum by (layer, expert) (increase(moescope_expert_tokens_total{{{CELLS}}}[{MATRIX_WINDOW}]))",
             unit="short",
             decimals=0,
             colours=GOOD_FROM_ONE,
@@ -387,7 +389,7 @@ def experts_how_even_layer_by_layer(page: Dashboard) -> None:
         lines(
             "Jain index",
             "1 is even load; 1 divided by the number of experts is one expert that does everything.",
-            {"layer {{layer}}": f"avg by (layer) (moescope:expert_jain_index:rate5m{{{OF_ALL}}})"},
+            {"layer {{layer}}": f"avg by (layer) (moescope:expert_jain_index:rate5m{{{RECORDED}}})"},
             unit="none",
             width=8,
             most=1,
@@ -448,12 +450,12 @@ def experts_reading_and_writing(page: Dashboard) -> None:
     )
 
 
-def per_expert(counter: str, where: str = LAYERS) -> str:
+def per_expert(counter: str, where: str = CELLS) -> str:
     return rate(counter, "layer, expert", where, MATRIX_WINDOW)
 
 
 def share_in(phase: str) -> str:
-    where = f'{LAYERS}, phase="{phase}"'
+    where = f'{CELLS}, phase="{phase}"'
     of_layer = rate("moescope_expert_tokens_total", "layer", where, MATRIX_WINDOW)
     return f"({per_expert('moescope_expert_tokens_total', where)} / on (layer) group_left () {of_layer})"
 

@@ -20,9 +20,11 @@ from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 SOURCE: Final = grafana.DataSourceRef(type_val="prometheus", uid="${datasource}")
-HERE: Final = 'job="moescope", instance=~"$instance"'
+JOB: Final = 'job="$job"'
+HERE: Final = JOB + ', instance=~"$instance"'
 LAYERS: Final = HERE + ', layer=~"$layer"'
-OF_ALL: Final = 'layer=~"$layer"'  # what rules record has been summed over the instances
+CELLS: Final = LAYERS + ', expert!=""'  # --expert-metrics layer tells sums over experts, under the same name
+RECORDED: Final = JOB + ', layer=~"$layer"'  # rules have added up the instances
 MATRIX_WINDOW: Final = "5m"  # a matrix shows the present, and needs traffic enough for each of its cells
 TAG: Final = "moescope"
 
@@ -31,7 +33,7 @@ Colours = Mapping[float | None, str]
 
 
 def dashboard(uid: str, title: str, description: str) -> Dashboard:
-    """An empty dashboard with what all of ours share: the instances to choose, the link to the others."""
+    """An empty dashboard with what all of ours share: job and instances to choose, the link to the others."""
     others = DashboardLink("Moescope").type(grafana.DashboardLinkType.DASHBOARDS).tags([TAG])
     return (
         Dashboard(title)
@@ -43,24 +45,26 @@ def dashboard(uid: str, title: str, description: str) -> Dashboard:
         .tooltip(grafana.DashboardCursorSync.CROSSHAIR)
         .link(others.include_vars(True).keep_time(True))
         .with_variable(DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
-        .with_variable(choice("instance", "Instance", 'label_values(moescope_ready{job="moescope"}, instance)'))
+        .with_variable(choice("job", "Job", "label_values(moescope_ready, job)", several=False))
+        .with_variable(choice("instance", "Instance", f"label_values(moescope_ready{{{JOB}}}, instance)"))
     )
 
 
-def choice(name: str, label: str, query: str) -> QueryVariable:
-    """A variable of which several values, or all, can be chosen."""
-    return (
+def choice(name: str, label: str, query: str, *, several: bool = True) -> QueryVariable:
+    """A variable: one value of those that the query finds, or several, at first all."""
+    variable = (
         QueryVariable(name)
         .label(label)
         .datasource(SOURCE)
         .query({"query": query, "refId": name, "qryType": 5})  # 5: the query is this text
         .refresh(grafana.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(grafana.VariableSort.NUMERICAL_ASC)
-        .multi(True)
-        .include_all(True)
-        .all_value(".+")
-        .current(grafana.VariableOption(selected=True, text=["All"], value=["$__all"]))
+        .multi(several)
+        .include_all(several)
     )
+    if several:
+        variable.all_value(".+").current(grafana.VariableOption(selected=True, text=["All"], value=["$__all"]))
+    return variable
 
 
 # PromQL

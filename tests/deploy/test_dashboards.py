@@ -27,7 +27,7 @@ DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.
 PROMETHEUS = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
 SCRAPES_S = int(PROMETHEUS["global"]["scrape_interval"].removesuffix("s"))
 # Grafana's rule for a panel that is narrow in time: four scrapes.
-VARIABLES = {"instance": ".+", "layer": ".+", "__rate_interval": f"{4 * SCRAPES_S}s"}
+VARIABLES = {"job": "moescope", "instance": ".+", "layer": ".+", "__rate_interval": f"{4 * SCRAPES_S}s"}
 SHOWS_NOTHING_WHEN_ALL_IS_WELL = {"Alerts"}
 
 
@@ -38,14 +38,17 @@ class Query:
     dashboard: str
     panel: str
     expr: str
-    is_instant: bool
 
     def __str__(self) -> str:
         return f"{self.dashboard}: {self.panel}"
 
     @property
     def substituted(self) -> str:
-        return re.sub(r"\$(\w+)", lambda variable: VARIABLES[variable[1]], self.expr)
+        return substituted(self.expr)
+
+
+def substituted(query: str) -> str:
+    return re.sub(r"\$(\w+)", lambda variable: VARIABLES[variable[1]], query)
 
 
 def panels(dashboard: str) -> list[dict[str, Any]]:
@@ -53,7 +56,7 @@ def panels(dashboard: str) -> list[dict[str, Any]]:
 
 
 QUERIES = [
-    Query(name, panel["title"], target["expr"], target["instant"])
+    Query(name, panel["title"], target["expr"])
     for name in DASHBOARDS
     for panel in panels(name)
     for target in panel["targets"]
@@ -126,7 +129,7 @@ def test_a_matrix_has_a_cell_for_every_expert_of_every_layer(watched: Prometheus
     every = {(str(layer), str(expert)) for layer, expert in itertools.product(range(3), range(4))}
     for panel in panels("experts"):
         if panel["type"] == "table":
-            found = watched.query(Query("", "", panel["targets"][0]["expr"], True).substituted)
+            found = watched.query(substituted(panel["targets"][0]["expr"]))
             assert {(cell["metric"]["layer"], cell["metric"]["expert"]) for cell in found} == every, panel["title"]
             assert all(set(cell["metric"]) == {"layer", "expert"} for cell in found), panel["title"]
 
@@ -143,12 +146,12 @@ def test_choosing_one_layer_leaves_the_others_out(watched: Prometheus) -> None:
 def test_the_variables_offer_what_there_is(watched: Prometheus, dashboard: str) -> None:
     offered = {}
     for variable in DASHBOARDS[dashboard]["templating"]["list"][1:]:
-        query = variable["query"]["query"].replace("$instance", ".+")
-        (parts,) = re.findall(r"^label_values\((.+), (\w+)\)$", query)
-        offered[variable["name"]] = {each["metric"][parts[1]] for each in watched.query(parts[0])}
-        assert (variable["multi"], variable["includeAll"]) == (True, True)
+        query = re.fullmatch(r"label_values\((.+), (\w+)\)", substituted(variable["query"]["query"]))
+        assert query
+        offered[variable["name"]] = {each["metric"][query[2]] for each in watched.query(query[1])}
+        assert variable["multi"] is variable["includeAll"] is (variable["name"] != "job")
     used = {name for query in QUERIES if query.dashboard == dashboard for name in re.findall(r"\$([a-z]+)", query.expr)}
-    values = {"instance": {"service:8000"}, "layer": {"0", "1", "2"}}
+    values = {"job": {"moescope"}, "instance": {"service:8000"}, "layer": {"0", "1", "2"}}
     assert offered == {name: values[name] for name in used}
 
 
@@ -205,6 +208,11 @@ def test_panels_do_not_overlap_and_fill_their_rows() -> None:
 def cells(place: dict[str, int]) -> Iterator[tuple[int, int]]:
     across, down = range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
     return itertools.product(across, down)
+
+
+def test_the_dashed_line_is_the_alert_s() -> None:
+    (alert,) = [rule for rule in rules() if rule.get("alert") == "RoutingDrift"]
+    assert f"> {dashboards.DRIFT_ALERT}" in alert["expr"]
 
 
 def test_each_dashboard_has_its_own_address_and_leads_to_the_others() -> None:
