@@ -1,13 +1,13 @@
 # Every command of the project. `make serve` and `make test` need Python 3.11 or newer and make .venv themselves.
 
 PY := .venv/bin/python
-CODE := $(wildcard service model training benchmarks tests)
+CODE := $(wildcard service model training benchmarks scripts tests)
 
 # Passed on only when given to make: some shells and conda export HOST, some platforms PORT.
 given = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
 
 .NOTPARALLEL:
-.PHONY: help serve test train lint bench bench-interop bench-peers prove evidence walkthrough no-python
+.PHONY: help serve test train lint bench bench-interop bench-peers prove evidence walkthrough dashboards traffic no-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -24,13 +24,15 @@ test: .venv/test.stamp ## run the tests, and list what was skipped and why
 train: .venv/train.stamp ## train a model in five minutes (ARGS='--preset shakespeare' for the shipped one)
 	@exec $(PY) -m training train --preset quick $(ARGS)
 
-lint: .venv/lint.stamp ## ruff, mypy, the import direction, Dockerfile and docker-compose.yml
+lint: .venv/lint.stamp ## ruff, mypy, the import direction, Dockerfile, compose files and dashboards
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy $(CODE)
 	@PYTHONPATH=. .venv/bin/lint-imports
 	@.venv/bin/hadolint Dockerfile
-	@.venv/bin/docker-compose -f docker-compose.yml config --quiet
+	@.venv/bin/docker-compose -f docker-compose.yml --profile demo config --quiet
+	@.venv/bin/docker-compose -f docker-compose.yml -f docker-compose.gpu.yml --profile demo config --quiet
+	@$(PY) -m scripts.dashboards --check
 
 bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
 	@$(PY) -m benchmarks $(ARGS)
@@ -51,6 +53,12 @@ evidence: .venv/train.stamp ## write the report of the shipped checkpoint anew: 
 
 walkthrough: .venv/test.stamp ## run docs/walkthrough.py and make its notebook, two minutes
 	@exec $(PY) scripts/walkthrough.py $(ARGS)
+
+dashboards: .venv/test.stamp ## write Grafana's dashboards anew, after a change of scripts/dashboards.py
+	@exec $(PY) -m scripts.dashboards $(ARGS)
+
+traffic: .venv/serve.stamp ## keep a running service busy until Ctrl-C (URL=http://127.0.0.1:9000 ARGS='--seconds 60')
+	@exec $(PY) scripts/traffic.py $(call given,URL,url) $(ARGS)
 
 .venv/serve.stamp: NEEDS := run
 .venv/train.stamp: NEEDS := run train

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import sys
 
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import ViewportSize, expect, sync_playwright
 
 SETTINGS = "#prompt=ROMEO%3A%0A&seed=7&max_new_tokens=700&layer=3"
-SIZE = {"width": 1360, "height": 860}
+SIZE = ViewportSize(width=1360, height=860)
 UNTIL_DONE_MS = 120_000
 
 

@@ -2,7 +2,6 @@
 
 import fnmatch
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -96,7 +95,19 @@ def script(path: Path, text: str) -> str:
 
 def test_make_alone_lists_every_command(checkout: Path) -> None:
     listed = re.findall(r"^  make (\w+)", make(checkout).stdout, re.MULTILINE)
-    assert set(listed) == {"help", "serve", "test", "train", "lint", "bench", "prove", "evidence", "walkthrough"}
+    assert set(listed) == {
+        "help",
+        "serve",
+        "test",
+        "train",
+        "lint",
+        "bench",
+        "prove",
+        "evidence",
+        "walkthrough",
+        "dashboards",
+        "traffic",
+    }
 
 
 def test_an_old_python_is_refused_in_one_line(checkout: Path) -> None:
@@ -171,31 +182,3 @@ def test_git_ignores_what_running_and_training_leave_behind() -> None:
     left = ["x/.venv", "data/tinyshakespeare.txt", "runs/quick/step-1", "model/__pycache__/a.pyc"]
     patterns = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
     assert all(any(fnmatch.fnmatch(part, p) for part in Path(path).parts for p in patterns) for path in left)
-
-
-@pytest.fixture(scope="module")
-def composed() -> dict[str, object]:
-    compose = shutil.which("docker-compose", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if compose is None:
-        pytest.skip("docker-compose comes with the linters: make lint")
-    command = [compose, "-f", str(ROOT / "docker-compose.yml"), "config", "--format", "json"]
-    rendered = subprocess.run(command, capture_output=True, text=True, check=True)
-    service: dict[str, object] = json.loads(rendered.stdout)["services"]["service"]
-    return service
-
-
-def test_compose_publishes_the_port_on_this_machine_only(composed: dict[str, object]) -> None:
-    ports = composed["ports"]
-    assert isinstance(ports, list)
-    assert [(port["host_ip"], port["published"], port["target"]) for port in ports] == [("127.0.0.1", "8000", 8000)]
-
-
-def test_compose_gives_the_service_no_more_rights_than_it_needs(composed: dict[str, object]) -> None:
-    assert composed["read_only"] is True
-    assert composed["cap_drop"] == ["ALL"]
-    assert composed["security_opt"] == ["no-new-privileges:true"]
-    assert composed["tmpfs"] == ["/tmp"]
-
-
-def test_compose_waits_longer_than_the_service_drains(composed: dict[str, object]) -> None:
-    assert composed["stop_grace_period"] == "40s"  # --grace-s is 30

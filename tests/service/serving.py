@@ -54,13 +54,15 @@ class Server:
         stdout: int | IO[str] = subprocess.PIPE,
         port: int | None = None,
         module: str = "service",
+        host: str = "127.0.0.1",
     ) -> None:
         self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         self._log = log
+        where = ("--host", host, "--port", self.port)
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                command("--port", self.port, *flags, module=module), cwd=ROOT, stdout=stdout, stderr=file, text=True
+                command(*where, *flags, module=module), cwd=ROOT, stdout=stdout, stderr=file, text=True
             )
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
 
