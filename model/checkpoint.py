@@ -29,6 +29,8 @@ MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 RECORD = "training.json"
+BASELINE_TOLERANCE = 0.01
+"""Shares are written with six digits, and there may be thousands of them."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 
@@ -160,6 +162,28 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not sound:
         raise CheckpointError(f"{folder / RECORD} lacks the corpus or the known answer")
     return record
+
+
+def read_baseline(folder: Path, config: ModelConfig) -> list[list[float]] | None:
+    """The experts' shares on the validation text, [layer][expert], or None where nobody measured them.
+
+    Raises CheckpointError when they are no shares of this model's layers.
+    """
+    shares = _read_object(folder / RECORD).get("routing_baseline")
+    if shares is None:
+        return None
+    try:
+        fits = [len(layer) for layer in shares] == [config.num_experts] * config.num_layers
+        fits = fits and all(share >= 0 for layer in shares for share in layer)
+        sound = fits and all(abs(sum(layer) - 1) < BASELINE_TOLERANCE for layer in shares)
+    except TypeError:
+        sound = False
+    if not sound:
+        raise CheckpointError(
+            f"{folder / RECORD} has a routing_baseline that does not fit {CONFIG}: it should have "
+            f"{config.num_layers} layers of {config.num_experts} shares that add up to 1"
+        )
+    return [[float(share) for share in layer] for layer in shares]
 
 
 def _read_object(path: Path) -> dict[str, Any]:

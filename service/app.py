@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import prometheus_client
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -22,7 +23,8 @@ from service.docs import DOCS_PATHS, add_docs, require_key
 from service.engine.loading import EngineOptions, build_engine
 from service.engine.thread import EngineThread
 from service.errors import ApiError, answer_api_error, answer_http_exception
-from service.exchange import Exchange, watch
+from service.exchange import Exchange, keep_snapshots, watch
+from service.expert_window import ExpertWindow
 from service.guard import METRICS_PATH, PROBES, CrossOrigin, Guard, Hosts, split_list
 from service.logs import log_event
 from service.metrics import MAX_EXPERT_SERIES, EngineCollector, Metrics, expert_detail, expert_series
@@ -61,7 +63,10 @@ def create_app(settings: Settings) -> FastAPI:
         series = expert_series(card.config)
         log_event("expert_metrics_by_layer", logging.WARNING, series=series, at_most=MAX_EXPERT_SERIES)
     build_labels = {"version": version, "checkpoint": card.fingerprint}
-    metrics.registry.register(EngineCollector(engine, card.config, detail, build_labels))
+    baseline = None if card.routing_baseline is None else np.array(card.routing_baseline)
+    window = ExpertWindow(card.config, baseline)
+    collector = EngineCollector(engine, card.config, detail, build_labels, window, settings.expert_window_s)
+    metrics.registry.register(collector)
     admission = Admission(card, limits, engine, exchange, metrics, settings.queue_timeout_s)
     app = FastAPI(
         title="Moescope",
@@ -69,10 +74,10 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,  # both pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # a redirect's address would be made of the client's Host header
-        lifespan=_lifespan(engine, exchange, settings.stuck_after_s),
+        lifespan=_lifespan(engine, exchange, window, settings.stuck_after_s),
         exception_handlers={ApiError: answer_api_error, HTTPException: answer_http_exception},
     )
-    app.include_router(Routes(settings, card, engine, admission, metrics, version).router())
+    app.include_router(Routes(settings, card, engine, admission, metrics, window, version).router())
     app.include_router(OpenAIRoutes(card, admission).router())
     add_docs(app, PAGE / "docs.html")
     app.frontend("/", directory=PAGE, fallback=None)
@@ -119,15 +124,17 @@ def _engine_options(settings: Settings) -> EngineOptions:
 
 
 def _lifespan(
-    engine: EngineThread, exchange: Exchange, stuck_after_s: float
+    engine: EngineThread, exchange: Exchange, window: ExpertWindow, stuck_after_s: float
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         exchange.attach(asyncio.get_running_loop())
         engine.start()
         watching = asyncio.create_task(watch(engine, exchange, stuck_after_s))
+        snapshots = asyncio.create_task(keep_snapshots(engine, window))
         yield
         engine.drain()  # a second time, as a rule; the server may also stop for a reason of its own
         await watching  # which ends with the engine, or without it
+        snapshots.cancel()
 
     return lifespan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.checkpoint import MANIFEST, Manifest, read_config, read_record, read_tokenizer, verify
+from model.checkpoint import MANIFEST, Manifest, read_baseline, read_config, read_record, read_tokenizer, verify
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from service.schemas import ModelInfo
@@ -20,14 +20,16 @@ class ModelCard:
     tokenizer: Tokenizer
     validation_loss: float | None
     corpus: str | None
+    routing_baseline: list[list[float]] | None
 
     @classmethod
     def read(cls, folder: Path) -> ModelCard:
         """Checks every file that serving reads. Raises CheckpointError, which names the file."""
         manifest = verify(folder)
         record = read_record(folder)
-        tokenizer, corpus = read_tokenizer(folder), record["corpus"]["name"]
-        return cls(manifest, read_config(folder), tokenizer, record.get("validation_loss"), corpus)
+        config, tokenizer, corpus = read_config(folder), read_tokenizer(folder), record["corpus"]["name"]
+        baseline = read_baseline(folder, config)
+        return cls(manifest, config, tokenizer, record.get("validation_loss"), corpus, baseline)
 
     @property
     def fingerprint(self) -> str:

@@ -13,12 +13,15 @@ from contextlib import suppress
 
 from service.engine.reports import Figures, StepReport
 from service.engine.sequence import Ended, Event, FinishReason, Sequence
-from service.engine.thread import EngineThread
+from service.engine.thread import EnginePhase, EngineThread
+from service.expert_window import SNAPSHOT_EVERY_S, ExpertWindow
 from service.logs import log_event
 from service.metrics import Metrics
 
 LOOK_EVERY_S = 0.25
 SECOND_LOOK_AFTER_S = 1.0
+FIGURES_WAIT_S = 0.5
+ANSWERING = frozenset({EnginePhase.READY, EnginePhase.DRAINING})
 
 
 class Abandoned(Exception):
@@ -162,8 +165,19 @@ async def watch(engine: EngineThread, exchange: Exchange, stuck_after_s: float) 
     exchange.end_all()
 
 
-async def refresh_figures(engine: EngineThread, timeout_s: float) -> None:
-    """Ask the engine for one consistent copy of its figures; after timeout_s its last copy has to do."""
+async def keep_snapshots(engine: EngineThread, window: ExpertWindow) -> None:
+    """Gives the window its snapshots for as long as the engine lives, whether or not anybody looks at them."""
+    while not engine.is_over:
+        await refresh_figures(engine)
+        if engine.last_figures:
+            window.keep(engine.last_figures)
+        await asyncio.sleep(SNAPSHOT_EVERY_S)
+
+
+async def refresh_figures(engine: EngineThread) -> None:
+    """Ask the engine for one consistent copy of its figures; after FIGURES_WAIT_S its last copy has to do."""
+    if engine.phase not in ANSWERING:
+        return
     loop = asyncio.get_running_loop()
     answered = asyncio.Event()
 
@@ -172,5 +186,5 @@ async def refresh_figures(engine: EngineThread, timeout_s: float) -> None:
 
     engine.figures(reply)
     with suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(FIGURES_WAIT_S):
             await answered.wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from service.engine.reports import Figures, StepReport
 from service.engine.sequence import Ended, FinishReason, Phase
 from service.engine.thread import EnginePhase, EngineThread
+from service.expert_window import ExpertWindow
 
 SECONDS: Final = (
     *(0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
@@ -48,6 +49,8 @@ OUTCOME_OF_TYPE: Final = {
 }
 OUTCOMES: Final = sorted({*OUTCOME_OF_REASON.values(), *OUTCOME_OF_TYPE.values()})
 
+
+Family = TypeVar("Family", CounterMetricFamily, GaugeMetricFamily)
 
 ExpertDetail = Literal["full", "layer", "off"]
 """Whether the metrics of experts are told for each of them, summed over those of a layer, or left out."""
@@ -137,15 +140,27 @@ class Metrics:
 class EngineCollector(Collector):
     """Turns the engine's last consistent copy of its figures into samples; all zero until the first copy is there."""
 
-    def __init__(self, engine: EngineThread, config: ModelConfig, detail: ExpertDetail, build: dict[str, str]) -> None:
+    def __init__(
+        self,
+        engine: EngineThread,
+        config: ModelConfig,
+        detail: ExpertDetail,
+        build: dict[str, str],
+        window: ExpertWindow,
+        window_s: float,
+    ) -> None:
         self._engine = engine
         self._config = config
         self._detail = detail
         self._build = build
+        self._window = window
+        self._window_s = window_s
 
     def collect(self) -> Iterator[Metric]:
         figures = self._engine.last_figures
         yield from self._experts(figures)
+        if self._detail != "off":
+            yield from self._balance(figures)
         yield from self._sequences(figures)
         ready = GaugeMetricFamily("moescope_ready", "1 while text can be generated")
         ready.add_metric([], float(self._engine.phase is EnginePhase.READY))
@@ -166,6 +181,22 @@ class EngineCollector(Collector):
             yield _gate_weight(["layer"], weights.sum(axis=-1))
         total = CounterMetricFamily("moescope_routed_tokens", "Tokens routed in a layer", labels=["phase", "layer"])
         yield _filled(total, routed, phases)
+
+    def _balance(self, figures: Figures | None) -> Iterator[Metric]:
+        """What ``GET /experts?window=`` says of the same seconds."""
+        load = self._window.load(figures, self._window_s)
+        of_layers = {
+            "expert_load_entropy_ratio": ("Entropy of the experts' load over that of an even one", load.entropy_ratio),
+            "expert_max_load_ratio": ("Load of the busiest expert over the mean load", load.max_load_ratio),
+            "experts_idle": ("Experts that no token was routed to", load.num_idle),
+            "expert_drift_ratio": ("Jensen-Shannon divergence of the experts' shares from the baseline", load.drift),
+        }
+        for name, (help_text, values) in of_layers.items():
+            yield _filled(GaugeMetricFamily(f"moescope_{name}", help_text, labels=["layer"]), values)
+        if self._window.baseline is not None and self._detail == "full":
+            help_text = "Share of a layer's work that an expert did on the validation text"
+            share = GaugeMetricFamily("moescope_expert_baseline_share", help_text, labels=["layer", "expert"])
+            yield _filled(share, self._window.baseline)
 
     def _sequences(self, figures: Figures | None) -> Iterator[Metric]:
         prompt, generated = (figures.prompt_tokens, figures.generated_tokens) if figures else (0, 0)
@@ -203,9 +234,7 @@ def _gate_weight(labels: list[str], weights: npt.NDArray[np.float64]) -> Metric:
     return _filled(CounterMetricFamily("moescope_expert_gate_weight", help_text, labels=labels), weights)
 
 
-def _filled(
-    family: CounterMetricFamily, values: npt.NDArray[np.generic], names: Sequence[str] | None = None
-) -> CounterMetricFamily:
+def _filled(family: Family, values: npt.NDArray[np.generic], names: Sequence[str] | None = None) -> Family:
     """The family with one sample for every value; its labels are the array's axes, the first one's labels are names."""
     for index in np.ndindex(values.shape):
         first, *others = index

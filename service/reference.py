@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from service.errors import KINDS
+from service.expert_window import LONGEST_S
 from service.schemas import Body, ErrorBody, Limits, body_schema
 
 STATUSES_ANYWHERE: Final = (400, 408, 431, 500)
@@ -29,6 +30,13 @@ LAST_EVENT_ID: Final = {
     "description": "id of the last event that a stream brought before it broke: with the same body and its seed, the "
     "stream goes on after that token",
     "schema": {"type": "string", "pattern": "^[0-9a-f]{12}:(-1|[0-9]{1,9})$"},
+}
+WINDOW: Final = {
+    "name": "window",
+    "in": "query",
+    "required": False,
+    "description": "how many seconds to look back; when absent, to the start",
+    "schema": {"type": "integer", "minimum": 1, "maximum": LONGEST_S},
 }
 EVENTS: Final = {
     "itemSchema": {  # as FastAPI describes its own streams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from functools import partial
 
 from fastapi import APIRouter, Request
@@ -14,8 +15,9 @@ from service.card import ModelCard
 from service.engine.thread import EnginePhase, EngineThread
 from service.errors import ApiError
 from service.exchange import refresh_figures
+from service.expert_window import LONGEST_S, ExpertWindow
 from service.metrics import Metrics, expert_detail
-from service.reference import EVENTS, GENERATING, LAST_EVENT_ID, TEXT, answers, describe_body
+from service.reference import EVENTS, GENERATING, LAST_EVENT_ID, TEXT, WINDOW, answers, describe_body
 from service.schemas import (
     MAX_PROMPT_CHARACTERS,
     AnyTextBody,
@@ -23,6 +25,7 @@ from service.schemas import (
     DefaultsInfo,
     DetokenizeAnswer,
     DetokenizeBody,
+    Experts,
     GenerateAnswer,
     GenerateBody,
     Health,
@@ -36,9 +39,6 @@ from service.schemas import (
 )
 from service.settings import Settings
 from service.streaming import Dialect, EventStream, Transcript, collect, raise_if_refused, stream_events
-
-FIGURES_WAIT_S = 0.5
-ANSWERING = frozenset({EnginePhase.READY, EnginePhase.DRAINING})
 
 
 async def respond(
@@ -59,6 +59,18 @@ async def respond(
         raise
 
 
+def _window_of(request: Request) -> int | None:
+    """The seconds that are asked for, once and as a whole number. Raises ApiError out_of_range."""
+    asked = request.query_params.getlist("window")
+    if not asked:
+        return None
+    seconds = int(asked[0]) if re.fullmatch("[0-9]{1,3}", asked[0]) else 0
+    if len(asked) > 1 or not 1 <= seconds <= LONGEST_S:
+        reason = f"window must be a whole number of seconds from 1 to {LONGEST_S}"
+        raise ApiError("out_of_range", reason, param="window")
+    return seconds
+
+
 class Routes:
     """The handlers with what they need; ``router()`` puts them at their addresses."""
 
@@ -69,6 +81,7 @@ class Routes:
         engine: EngineThread,
         admission: Admission,
         metrics: Metrics,
+        window: ExpertWindow,
         version: str,
     ) -> None:
         self._settings = settings
@@ -76,6 +89,7 @@ class Routes:
         self._engine = engine
         self._admission = admission
         self._metrics = metrics
+        self._window = window
         self._version = version
 
     def router(self) -> APIRouter:
@@ -111,6 +125,14 @@ class Routes:
             openapi_extra=describe_body(DetokenizeBody, limits, tokens=[0, 1, 2]),
         )
         router.add_api_route("/info", self.info, methods=["GET"], response_model=Info, responses=answers(401, 421))
+        router.add_api_route(
+            "/experts",
+            self.experts,
+            methods=["GET"],
+            response_model=Experts,
+            responses=answers(401, 421, 422),
+            openapi_extra={"parameters": [WINDOW]},
+        )
         probe = answers(503, shape=NotReady)
         router.add_api_route("/livez", self.livez, methods=["GET"], response_model=Health, responses=probe)
         router.add_api_route("/readyz", self.readyz, methods=["GET"], response_model=Health, responses=probe)
@@ -164,6 +186,13 @@ class Routes:
             ),
         )
 
+    async def experts(self, request: Request) -> Experts:
+        """What the experts did in the last ``window`` seconds, or since the start; nothing yet while loading."""
+        seconds = _window_of(request)
+        await refresh_figures(self._engine)
+        load = self._window.load(self._engine.last_figures, seconds)
+        return Experts.of(load, self._card.config.experts_per_token, self._window.baseline)
+
     async def livez(self, request: Request) -> Response:
         """200 while the process does its work; 503 once only a restart helps."""
         return self._health(request, good=frozenset(EnginePhase) - {EnginePhase.FAILED})
@@ -179,7 +208,6 @@ class Routes:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics; while loading with zeros for what has not happened yet."""
-        if self._engine.phase in ANSWERING:
-            await refresh_figures(self._engine, FIGURES_WAIT_S)
+        await refresh_figures(self._engine)
         content, content_type = self._metrics.render(request.headers.get("accept", ""))
         return Response(content, headers={"Content-Type": content_type})

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isnan
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -13,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from model.config import ModelConfig
 from service.errors import KINDS, ApiError
+from service.expert_window import ExpertLoad, Floats
 
 MAX_PROMPT_CHARACTERS = 8192
 DEFAULT_NEW_TOKENS = 256
@@ -416,3 +418,63 @@ class Health(BaseModel):
 
 class NotReady(ErrorBody, Health):
     """A probe's answer with a status of 503."""
+
+
+class LayerExperts(BaseModel):
+    """What the experts of one layer did, lists by expert; null where there is too little to tell."""
+
+    layer: int
+    routed_tokens: int
+    prefill: list[int] = Field(description="tokens of prompts that each expert worked on")
+    decode: list[int] = Field(description="tokens of texts that each expert worked on")
+    share: list[float] | None = Field(description="of the layer's work; null without any")
+    gate_weight: list[float] = Field(description="sum of the weights that each expert's work had")
+    entropy_ratio: float | None = Field(description="entropy of the shares over that of an even load")
+    max_load_ratio: float | None = Field(description="load of the busiest expert over the mean load")
+    jain: float | None = Field(description="Jain's fairness index of the loads: 1 is even, 1/E one expert for all")
+    idle: list[int] | None = Field(description="experts that no token was routed to")
+    baseline_share: list[float] | None = Field(description="of the layer's work on the validation text")
+    drift: float | None = Field(description="Jensen-Shannon divergence, base 2, of share from baseline_share")
+
+
+class Experts(BaseModel):
+    """What the experts did in a window of time. The figures of a layer are null below 1,000 tokens routed in it."""
+
+    window_s: float = Field(description="seconds that are covered: as asked for or up to 5 more, less after a start")
+    age_s: float = Field(description="seconds since the counts were taken")
+    routed_tokens: int
+    experts_per_token: int
+    layers: list[LayerExperts]
+
+    @classmethod
+    def of(cls, load: ExpertLoad, experts_per_token: int, baseline: Floats | None) -> Experts:
+        return cls(
+            window_s=load.seconds,
+            age_s=load.age_s,
+            routed_tokens=int(load.routed.max()),
+            experts_per_token=experts_per_token,
+            layers=[_layer(number, load, baseline) for number in range(len(load.routed))],
+        )
+
+
+def _layer(layer: int, load: ExpertLoad, baseline: Floats | None) -> LayerExperts:
+    prefill, decode = load.tokens[:, layer].tolist()
+    share, has_work = load.share[layer], load.tokens[:, layer].any()
+    return LayerExperts(
+        layer=layer,
+        routed_tokens=load.routed[layer],
+        prefill=prefill,
+        decode=decode,
+        share=share.tolist() if has_work else None,
+        gate_weight=load.gate_weight[layer].tolist(),
+        entropy_ratio=_number(load.entropy_ratio[layer]),
+        max_load_ratio=_number(load.max_load_ratio[layer]),
+        jain=_number(load.jain[layer]),
+        idle=None if isnan(load.num_idle[layer]) else load.is_idle[layer].nonzero()[0].tolist(),
+        baseline_share=None if baseline is None else baseline[layer].tolist(),
+        drift=_number(load.drift[layer]),
+    )
+
+
+def _number(value: float) -> float | None:
+    return None if isnan(value) else float(value)

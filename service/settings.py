@@ -93,6 +93,9 @@ class Settings(BaseSettings):
         description="series of /metrics about experts: full has every expert's own, layer the sums over a layer's "
         "experts, off none; auto is full up to 2,000 such series, else layer",
     )
+    expert_window_s: int = Field(
+        300, ge=1, le=600, description="how far back the figures of experts' balance in /metrics look, in seconds"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
     @field_validator("api_key")

@@ -17,7 +17,7 @@ from service.errors import KINDS
 from service.metrics import MAX_EXPERT_SERIES, ExpertDetail
 from service.openai import CompletionBody
 from service.reference import EVENTS
-from service.schemas import GenerateBody
+from service.schemas import Experts, GenerateBody, LayerExperts
 from service.settings import Settings
 from tests.examples import PATIENCE_S, ROOT, Example, examples_of
 from tests.service.serving import Server, parse_events
@@ -152,6 +152,15 @@ def test_the_details_of_expert_metrics_are_those_of_the_code() -> None:
     assert f"`full` up to {MAX_EXPERT_SERIES:,} series" in PAGE
 
 
+def test_the_fields_of_experts_are_those_of_the_code() -> None:
+    told = table("in the answer")
+    for kind, place in ((Experts, "whole"), (LayerExperts, "each layer")):
+        assert [name for name, cells in told.items() if place in cells[1]] == [
+            name for name in told if name in kind.model_fields
+        ]
+    assert set(told) == {*Experts.model_fields, *LayerExperts.model_fields}
+
+
 def wait_of(code: str) -> str:
     seconds = KINDS[code].retry_after_s
     return "1 to 60" if code == "queue_full" else "" if seconds is None else str(seconds)
@@ -173,7 +182,7 @@ def test_a_stream_has_the_fields_that_the_page_tells(shipped: Server) -> None:
         assert set(data) == named
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/info", "/livez", "/readyz", "/metrics", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/", "/docs", "/info", "/experts", "/livez", "/readyz", "/metrics", "/openapi.json"])
 def test_head_works_where_get_does(shipped: Server, path: str) -> None:
     assert shipped.client.head(path).status_code == 200
 

@@ -126,14 +126,29 @@ def test_thousands_of_experts_make_few_series_and_the_sums_stay_true(
     evidence("milliseconds to answer", 1000 * quickest_scrape(server))
 
 
+OF_LAYERS = ("expert_load_entropy_ratio", "expert_max_load_ratio", "experts_idle", "expert_drift_ratio")
+
+
 @pytest.mark.parametrize(
     ("detail", "names"),
     [
         (
             "full",
-            {"expert_tokens_total": {"layer", "expert", "phase"}, "expert_gate_weight_total": {"layer", "expert"}},
+            {
+                "expert_tokens_total": {"layer", "expert", "phase"},
+                "expert_gate_weight_total": {"layer", "expert"},
+                "expert_baseline_share": {"layer", "expert"},
+                **dict.fromkeys(OF_LAYERS, {"layer"}),
+            },
         ),
-        ("layer", {"expert_tokens_total": {"layer", "phase"}, "expert_gate_weight_total": {"layer"}}),
+        (
+            "layer",
+            {
+                "expert_tokens_total": {"layer", "phase"},
+                "expert_gate_weight_total": {"layer"},
+                **dict.fromkeys(OF_LAYERS, {"layer"}),
+            },
+        ),
         ("off", {}),
     ],
 )
