@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,10 @@ def watched(prometheus: Prometheus, server: Server) -> Iterator[Prometheus]:
     try:
         wait_until(lambda: has_grown(prometheus, 'rate(moescope_expert_tokens_total{phase="decode"}[1m])'))
         wait_until(lambda: has_grown(prometheus, "rate(moescope_request_seconds_count[1m])"))
-        for rule in RECORDS:
-            wait_until(lambda: has_grown(prometheus, rule))  # noqa: B023 - it is called at once
+        # Above zero as soon as the window has tokens enough; until then it is NaN.
+        wait_until(lambda: has_grown(prometheus, "moescope_expert_load_entropy_ratio"))
+        for record in RECORDS:
+            wait_until(partial(has_grown, prometheus, record))
         yield prometheus
     finally:
         traffic.terminate()
@@ -155,9 +158,9 @@ def test_the_variables_offer_what_there_is(watched: Prometheus, dashboard: str) 
     assert offered == {name: values[name] for name in used}
 
 
-def test_every_metric_in_a_panel_is_told_or_recorded(watched: Prometheus, server: Server) -> None:
+def test_every_metric_in_a_panel_or_a_rule_is_told_or_recorded(watched: Prometheus, server: Server) -> None:
     told = set(re.findall(r"^(\w+)(?:\{| )", server.client.get("/metrics").text, re.MULTILINE))
-    exprs = [re.sub(r'"[^"]*"', "", query.expr) for query in QUERIES]
+    exprs = [re.sub(r'"[^"]*"', "", expr) for expr in (*(q.expr for q in QUERIES), *(r["expr"] for r in rules()))]
     named = {name for expr in exprs for name in re.findall(r"\b(?:moescope|process)[\w:]*", expr)}
     assert len(named) > 25
     assert named <= told | set(RECORDS)

@@ -62,14 +62,16 @@ def test_it_says_in_one_line_what_it_does_and_in_another_what_came_of_it(start: 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_goes_on_until_it_is_told_to_stop_and_leaves_nothing_running(start: Start, number: signal.Signals) -> None:
     server = start()
-    process = subprocess.Popen(
-        [*SCRIPT, "--url", server.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith(f"4 people ask {server.url} until Ctrl-C: ")
-    wait_until(lambda: outcomes(server)["length"] > 3)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    command = [*SCRIPT, "--url", server.url]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(f"4 people ask {server.url} until Ctrl-C: ")
+        wait_until(lambda: outcomes(server)["length"] > 3)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, err, len(out.splitlines())) == (0, "", 1)
     server.wait_for(requests_running=0)
 
