@@ -35,6 +35,7 @@ lint: .venv/lint.stamp ## ruff, mypy, the import direction, Dockerfile and docke
 bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
 	@$(PY) -m benchmarks $(ARGS)
 	@$(PY) -m benchmarks.training
+	@$(PY) -m benchmarks.counting
 
 bench-interop: .venv/train.stamp ## compare greedy text with llama.cpp, which is installed for it (ARGS='--peers vllm')
 	@exec $(PY) -m benchmarks.interop $(ARGS)

@@ -1,8 +1,8 @@
 """``python -m benchmarks.counting``: what share of a decode step goes into counting which experts worked.
 
-Counting is timed inside the very step that it is a share of, so a machine that slows down slows both, and every number of
-streams takes its turn in every round. Prints a table for people and one JSON line for machines, which is also kept in
-benchmarks/results/.
+Counting is timed inside the very step that it is a share of, so a machine that slows down slows both, and every number
+of streams takes its turn in every round. Prints a line for each for people and one JSON line for machines, which is
+also kept in benchmarks/results/.
 """
 
 from __future__ import annotations

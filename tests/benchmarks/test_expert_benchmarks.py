@@ -1,4 +1,4 @@
-"""The two benchmarks of the experts' figures run, and tell numbers that can be; a tiny checkpoint, no times asserted."""
+"""The two benchmarks of the experts' figures run and tell numbers that can be. A tiny checkpoint, no times asserted."""
 
 from __future__ import annotations
 
