@@ -37,6 +37,7 @@ lint: .venv/lint.stamp ## ruff, mypy, the import direction, Dockerfile, compose 
 bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
 	@$(PY) -m benchmarks $(ARGS)
 	@$(PY) -m benchmarks.training
+	@$(PY) -m benchmarks.counting
 
 bench-peers: .venv/train.stamp ## race llama.cpp and vLLM over HTTP, which are installed for it (ARGS='--contestants ...')
 	@exec $(PY) -m benchmarks.race $(ARGS)

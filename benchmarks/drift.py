@@ -1,65 +1,126 @@
-"""``python -m benchmarks.drift``: where to draw the alert's line for drift.
+"""``python -m benchmarks.drift``: how far the experts' shares stray from the checkpoint's baseline, and from even load.
 
-Validation text in pieces of so many tokens, and random characters of the same alphabet: how far each layer's shares of
-work are from the checkpoint's baseline (Jensen-Shannon, base 2), the median and the largest over pieces and layers.
+The model reads as the service does, through the ring cache: the validation text that the baseline is of; its own text,
+drawn at temperature 0.8; random characters. Each is cut into windows, from the least of which the service tells a
+drift. The alert lines of deploy/prometheus/rules.yml lie between what the first two come to and what the last does.
+Prints a table for people and one JSON line for machines, which is also kept in benchmarks/results/.
+
+Letters: L layers, E experts, T tokens, W windows.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.__main__ import RESULTS
 from model import checkpoint
+from model.checkpoint import Checkpoint
+from model.kv_cache import KVCache
 from model.routing import expert_counts
 from model.transformer import Transformer
-from service.expert_window import Floats, divergence
-from training import corpora
+from service.cpus import usable_cpus
+from service.expert_window import LEAST_TOKENS, Floats, divergence
+from training import corpora, sample
 
-SIZES = (1_000, 4_000, 16_000)
+CHUNK = 250  # so that the least tokens of a window are a whole number of them
+Figures = dict[str, Any]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.drift", description="Routing drift of known texts.")
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
+    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
+    parser.add_argument("--windows", type=int, nargs="+", default=[LEAST_TOKENS, 4_000, 16_000], metavar="TOKENS")
+    parser.add_argument("--tokens", type=int, default=48_000, metavar="N", help="of the validation text")
+    parser.add_argument("--random", type=int, default=16_000, metavar="N", help="random characters")
+    parser.add_argument("--own", type=int, default=8_000, metavar="N", help="tokens that the model writes itself")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    return parser.parse_args(arguments)
+
+
+def texts(loaded: Checkpoint, arguments: argparse.Namespace) -> dict[str, Tensor]:
+    """Ids by the name of the text."""
+    validation = corpora.load(loaded.training["corpus"]["name"]).validation
+    ids = loaded.tokenizer.encode(validation)
+    drawn = sample.stream(
+        loaded.model, ids[: loaded.config.context_length], arguments.own, temperature=0.8, top_k=0, top_p=1.0, seed=1
+    )
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "validation text": torch.tensor(ids[: arguments.tokens]),
+        "its own text": torch.tensor(list(islice(drawn, arguments.own))),
+        "random characters": torch.randint(loaded.config.vocab_size, (arguments.random,), generator=generator),
+    }
 
 
 @torch.inference_mode()
-def counts_of_windows(model: Transformer, ids: Tensor) -> Floats:
-    """How many tokens each expert had in every window of context_length: ids (N,) -> (W, L, E)."""
-    windows = ids[: len(ids) // model.config.context_length * model.config.context_length]
-    batches = windows.view(-1, model.config.context_length)
-    counts = [expert_counts(model(window[None])[1], model.config.num_experts) for window in batches]
-    return torch.stack(counts).double().numpy()
+def counts_by_chunk(model: Transformer, ids: Tensor) -> Tensor:
+    """Which experts worked on each CHUNK of a text that is read as one stream: (T,) -> (T / CHUNK, L, E)."""
+    cache = KVCache(model.config, num_slots=1, device=ids.device)
+    counts = []
+    for start in range(0, len(ids) - CHUNK + 1, CHUNK):
+        positions = torch.arange(start, start + CHUNK)
+        view = cache.prefill(slot=0, start=start, num_tokens=CHUNK, num_rows=CHUNK)
+        _, routings = model.hidden(ids[None, start : start + CHUNK], positions[None], view.layer)
+        counts.append(expert_counts(routings, model.config.num_experts))
+    return torch.stack(counts)
 
 
-def drifts(counts: Floats, windows: int, baseline: Floats) -> Floats:
-    """Of pieces of so many windows, piece by piece and layer by layer: (W, L, E) -> (W // windows, L)."""
-    whole = counts[: len(counts) // windows * windows]
-    pieces = whole.reshape(-1, windows, *counts.shape[1:]).sum(axis=1)
-    return divergence(pieces / pieces.sum(axis=-1, keepdims=True), baseline)
+def figures(text: str, counts: Tensor, window: int, baseline: Floats) -> Figures | None:
+    """Of the windows of one size, by their worst layer; None where the text fills none."""
+    per_window = window // CHUNK
+    whole = counts[: len(counts) // per_window * per_window].unflatten(0, (-1, per_window)).sum(dim=1)  # (W, L, E)
+    if not len(whole):
+        return None
+    share = (whole / whole.sum(dim=-1, keepdim=True)).double().numpy()
+    drift = divergence(share, baseline)  # (W, L)
+    load = share.max(axis=-1) * share.shape[-1]
+    return {
+        "text": text,
+        "window": window,
+        "windows": len(whole),
+        **_spread("drift", drift.max(axis=-1), 5),
+        **_spread("max_load_ratio", load.max(axis=-1), 3),
+        "least_share_of_even": round(float(share.min()) * share.shape[-1], 3),
+    }
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.drift", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
-    parser.add_argument("--corpus", default="tinyshakespeare", help="whose validation text is read")
-    parser.add_argument("--characters", type=int, default=112_000, metavar="N", help="to read at most, of each kind")
-    arguments = parser.parse_args(given)
+def _spread(name: str, values: Floats, digits: int) -> Figures:
+    spread = {"min": values.min(), "median": np.median(values), "max": values.max()}
+    return {f"{name}_{which}": round(float(value), digits) for which, value in spread.items()}
+
+
+def table(rows: Sequence[Figures]) -> str:
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, cells, widths)) for cells in lines)
+
+
+def main() -> int:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
     loaded = checkpoint.load(arguments.checkpoint)
     baseline = np.array(loaded.training["routing_baseline"])
-    text = torch.tensor(loaded.tokenizer.encode(corpora.load(arguments.corpus).validation[: arguments.characters]))
-    chance = torch.randint(loaded.config.vocab_size, text.shape, generator=torch.Generator().manual_seed(1))
-    print("tokens  validation text: median, largest   random characters: median, smallest")
-    counts = [counts_of_windows(loaded.model, ids) for ids in (text, chance)]
-    for size in SIZES:
-        windows = -(-size // loaded.config.context_length)
-        ordinary, odd = (drifts(each, windows, baseline) for each in counts)
-        largest = odd.max(axis=-1)  # an alert looks at every layer
-        print(
-            f"{windows * loaded.config.context_length:6,}  {np.median(ordinary):23.4f}, {ordinary.max():.4f}"
-            f"   {np.median(largest):25.4f}, {largest.min():.4f}"
-        )
+    read = {name: counts_by_chunk(loaded.model, ids) for name, ids in texts(loaded, arguments).items()}
+    rows = [figures(name, counts, window, baseline) for name, counts in read.items() for window in arguments.windows]
+    told = [row for row in rows if row]
+    now = datetime.now(UTC)
+    line = json.dumps({"date": now.isoformat(timespec="seconds"), "checkpoint": loaded.manifest.name, "figures": told})
+    print(table(told))
+    arguments.results.mkdir(exist_ok=True)
+    (arguments.results / f"drift-{now.date()}.json").write_text(line + "\n")
+    print(line)
     return 0
 
 

@@ -126,7 +126,8 @@ def test_thousands_of_experts_make_few_series_and_the_sums_stay_true(
     evidence("milliseconds to answer", 1000 * quickest_scrape(server))
 
 
-OF_LAYERS = ("expert_load_entropy_ratio", "expert_max_load_ratio", "experts_idle", "expert_drift_ratio")
+BALANCE = ("expert_load_entropy_ratio", "expert_max_load_ratio", "experts_idle", "expert_drift_ratio")
+OF_LAYERS = {name: {"layer"} for name in BALANCE}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ OF_LAYERS = ("expert_load_entropy_ratio", "expert_max_load_ratio", "experts_idle
                 "expert_tokens_total": {"layer", "expert", "phase"},
                 "expert_gate_weight_total": {"layer", "expert"},
                 "expert_baseline_share": {"layer", "expert"},
-                **dict.fromkeys(OF_LAYERS, {"layer"}),
+                **OF_LAYERS,
             },
         ),
         (
@@ -146,7 +147,7 @@ OF_LAYERS = ("expert_load_entropy_ratio", "expert_max_load_ratio", "experts_idle
             {
                 "expert_tokens_total": {"layer", "phase"},
                 "expert_gate_weight_total": {"layer"},
-                **dict.fromkeys(OF_LAYERS, {"layer"}),
+                **OF_LAYERS,
             },
         ),
         ("off", {}),
