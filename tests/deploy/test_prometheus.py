@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import threading
@@ -153,7 +154,7 @@ def test_two_experts_that_do_it_all_are_reported_hot(server: Server, tmp_path: P
 def test_ordinary_traffic_to_the_shipped_model_fires_nothing(corpus: Corpus, tmp_path: Path) -> None:
     """Passages of the validation text, continued, for longer than a dead expert needs to be reported."""
     server = Server(tmp_path / "log", "--threads", 1).wait_until_ready()
-    passages = iter(range(0, len(corpus.validation) - 600, 600))
+    passages = itertools.cycle(range(0, len(corpus.validation) - 600, 600))
     try:
         with prometheus_of(server, tmp_path / "ordinary") as prometheus:
             enough = "min(count_over_time((moescope:expert_mean_tokens:increase5m >= 250)[1m:500ms])) > 50"
