@@ -6,15 +6,11 @@ Prints a table for people and one JSON line for machines, which is also kept in 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +18,10 @@ from benchmarks import report
 from benchmarks.client import BrokenAnswer
 from benchmarks.engine import EngineProcess, engine_process
 from benchmarks.over_http import NoServer, Target, server_process
+from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
 from benchmarks.workload import Workload
 from service.cpus import usable_cpus
 from service.engine.loading import EngineOptions
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -79,27 +74,6 @@ def _target(arguments: argparse.Namespace, stack: ExitStack) -> Target | None:
     return stack.enter_context(server_process(arguments.checkpoint, max(arguments.streams), arguments.threads))
 
 
-def machine() -> dict[str, Any]:
-    models = [line.partition(": ")[2] for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {"cpu": models[0] if models else os.uname().machine, "cores": usable_cpus()}
-
-
-def cores_of_others(since: tuple[float, float, float]) -> float:
-    """How many cores were busy, on average, with what is not ours. Ours have ended and been waited for."""
-    wall, busy, own = (now - then for now, then in zip(clocks(), since, strict=True))
-    return round(max(0.0, busy - own) / wall, 2)
-
-
-def clocks() -> tuple[float, float, float]:
-    """Seconds: of the wall, of all processes on all cores, of this process and those it has waited for."""
-    busy = [int(jiffies) for jiffies in (_lines("/proc/stat") or ["cpu 0 0 0"])[0].split()[1:4]]
-    return time.perf_counter(), sum(busy) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
 def main() -> int:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the server would go on without us
@@ -109,25 +83,19 @@ def main() -> int:
     except (BrokenAnswer, NoServer, OSError, EOFError) as error:
         print(f"benchmarks: {error or 'the engine has ended'}", file=sys.stderr)
         return 1
-    now = datetime.now(UTC)
     asked = ("rounds", "requests", "new_tokens", "prompt_characters")
     result = {
-        "date": now.isoformat(timespec="seconds"),
         "machine": {**machine(), "cores_of_others": None if arguments.server else cores_of_others(start)},
         "checkpoint": arguments.server or str(arguments.checkpoint),
         **{name: getattr(arguments, name) for name in asked},
         **measured,
     }
-    line = json.dumps(result)
     print("{checkpoint}: {runner} on {device}, {threads} threads, torch {torch}; each stream had".format_map(result))
     print("{rounds} x {requests} requests of {prompt_characters} characters and {new_tokens} tokens".format_map(result))
     print(report.table(measured["figures"]))
     if (others := result["machine"]["cores_of_others"] or 0) > 0.1:
         print(f"Do not trust this: other programs kept {others:.1f} cores busy meanwhile.")
-    arguments.results.mkdir(exist_ok=True)
-    what = "engine" if arguments.only == "engine" else "http"
-    (arguments.results / f"{what}-{now.date()}.json").write_text(line + "\n")
-    print(line)
+    keep(arguments.results, "engine" if arguments.only == "engine" else "http", result)
     return 0
 
 

@@ -8,21 +8,20 @@ also kept in benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.__main__ import RESULTS, clocks, cores_of_others, machine
+from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
 from model import checkpoint
 from model.checkpoint import Checkpoint
+from model.experts import ROW_MULTIPLE
 from model.router import Routing
 from service.cpus import usable_cpus
 from service.engine.counters import ExpertCounters
@@ -32,7 +31,6 @@ from service.engine.scheduler import Scheduler
 from service.engine.sequence import Phase, SamplingParams
 from service.engine.sequence import Sequence as EngineSequence
 
-ROW_MULTIPLE = 4  # as the start-up probe finds it on the CPU
 MOST_OF_A_STEP = 0.02
 """What counting may cost."""
 
@@ -110,9 +108,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> int:
     arguments, started = parse(), clocks()
     told = measure(arguments)
-    now = datetime.now(UTC)
     result = {
-        "date": now.isoformat(timespec="seconds"),
         "machine": {**machine(), "cores_of_others": cores_of_others(started)},
         "checkpoint": str(arguments.checkpoint),
         "device": arguments.device,
@@ -122,10 +118,7 @@ def main() -> int:
     }
     for row in told:
         print(f"{row['streams']:4d} streams: counting is {row['share']:.2%} of a decode step")
-    line = json.dumps(result)
-    arguments.results.mkdir(exist_ok=True)
-    (arguments.results / f"counting-{now.date()}.json").write_text(line + "\n")
-    print(line)
+    keep(arguments.results, "counting", result)
     return 0
 
 

@@ -11,10 +11,8 @@ Letters: L layers, E experts, T tokens, W windows.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.__main__ import RESULTS
+from benchmarks.record import RESULTS, keep
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.kv_cache import KVCache
@@ -115,12 +113,8 @@ def main() -> int:
     read = {name: counts_by_chunk(loaded.model, ids) for name, ids in texts(loaded, arguments).items()}
     rows = [figures(name, counts, window, baseline) for name, counts in read.items() for window in arguments.windows]
     told = [row for row in rows if row]
-    now = datetime.now(UTC)
-    line = json.dumps({"date": now.isoformat(timespec="seconds"), "checkpoint": loaded.manifest.name, "figures": told})
     print(table(told))
-    arguments.results.mkdir(exist_ok=True)
-    (arguments.results / f"drift-{now.date()}.json").write_text(line + "\n")
-    print(line)
+    keep(arguments.results, "drift", {"checkpoint": loaded.manifest.name, "figures": told})
     return 0
 
 

@@ -90,9 +90,10 @@ def family(pid: int | None) -> list[int]:
 
 
 @contextmanager
-def server_process(checkpoint: Path, slots: int, threads: int) -> Iterator[Target]:
+def server_process(checkpoint: Path, slots: int, threads: int, runner: str = "torch") -> Iterator[Target]:
     """Raises NoServer when it does not start; it has said why."""
-    flags = ("--port", 0, "--checkpoint", checkpoint, "--slots", slots, "--threads", threads, "--log-level", "warning")
+    sizes = ("--slots", slots, "--threads", threads)
+    flags = ("--port", 0, "--checkpoint", checkpoint, *sizes, "--runner", runner, "--log-level", "warning")
     command = [sys.executable, "-m", "service", *map(str, flags)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

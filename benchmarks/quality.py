@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import RESULTS, machine
+from benchmarks.record import RESULTS, machine
 from service.cpus import usable_cpus
 
 RECORDS = RESULTS / "quality"
@@ -118,6 +118,8 @@ def records() -> list[dict[str, Any]]:
 
 def table(kept: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line for each row, losses of its seeds in order."""
+    if not kept:
+        return "No run has been made yet."
     lines = [
         "| recipe | seeds | characters | core minutes | operations | loss of each | mean | "
         "core minutes and operations to 1.7439 | busiest expert, times the mean |",

@@ -8,7 +8,6 @@ benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import subprocess
@@ -20,16 +19,15 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import report
-from benchmarks.__main__ import RESULTS, clocks, cores_of_others, machine
 from benchmarks.client import BrokenAnswer, Dialect, openai
 from benchmarks.interop import HERE, PEERS, PeerFailed, interpreter_of
 from benchmarks.over_http import HttpTrial, NoServer, measure, peak_mib, server_process
+from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
 from benchmarks.workload import Workload
 from model import checkpoint
 from model.checkpoint import Checkpoint
@@ -71,8 +69,8 @@ class Setting:
 
 
 @contextmanager
-def moescope(setting: Setting) -> Iterator[Running]:
-    with server_process(setting.loaded.manifest.folder, setting.slots, setting.threads) as target:
+def moescope(runner: str, setting: Setting) -> Iterator[Running]:
+    with server_process(setting.loaded.manifest.folder, setting.slots, setting.threads, runner) as target:
         assert target.pid
         yield Running(target.url, target.pid, openai(target.info["model"]["name"], seed=1))
 
@@ -129,14 +127,15 @@ def _wait_for(url: str, process: subprocess.Popen[str]) -> None:
         try:
             urllib.request.urlopen(url, timeout=5).close()
         except (urllib.error.URLError, OSError):
-            time.sleep(0.5)  # another process's start
+            time.sleep(0.5)  # it has no other way to say that it is ready
         else:
             return
     raise NoServer(f"{url} does not answer")
 
 
 CONTESTANTS: dict[str, Callable[[Setting], Any]] = {
-    "Moescope": moescope,
+    "Moescope native": partial(moescope, "native"),
+    "Moescope torch": partial(moescope, "torch"),
     "llama.cpp F32": partial(llama, "f32"),
     "llama.cpp BF16": partial(llama, "bf16"),
     "vLLM": vllm,
@@ -183,14 +182,14 @@ def figures(standings: dict[str, Standing]) -> dict[str, Any]:
 
 
 def ratios(found: dict[str, Any]) -> dict[int, float]:
-    """Our tokens per second over those of the quickest other, by the number of streams: medians of all rounds."""
-    ours, others = found["Moescope"]["streams"], [each for name, each in found.items() if name != "Moescope"]
-    best = {
-        streams: max(each["streams"][streams]["tokens_per_second"] for each in others if streams in each["streams"])
-        for streams in ours
-        if any(streams in each["streams"] for each in others)
-    }
-    return {streams: round(ours[streams]["tokens_per_second"] / rate, 2) for streams, rate in best.items()}
+    """Our tokens per second over those of the quickest other, by the number of streams that both have served."""
+    best: tuple[dict[int, float], dict[int, float]] = {}, {}
+    for name, each in found.items():
+        rates = best[not name.startswith("Moescope")]
+        for streams, row in each["streams"].items():
+            rates[streams] = max(rates.get(streams, 0.0), row["tokens_per_second"])
+    ours, theirs = best
+    return {streams: round(ours[streams] / theirs[streams], 2) for streams in ours if streams in theirs}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -227,28 +226,26 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(given: Sequence[str] | None = None) -> int:
     arguments = parse(given)
-    workload, start, now = Workload(arguments.requests), clocks(), datetime.now(UTC)
+    workload, start = Workload(arguments.requests), clocks()
     with tempfile.TemporaryDirectory() as files:
         loaded = checkpoint.load(arguments.checkpoint)
         setting = Setting(loaded, max(arguments.streams), arguments.threads, arguments.environments, Path(files))
         found = figures(compete(setting, arguments, workload))
     result = {
-        "date": now.isoformat(timespec="seconds"),
         "machine": {**machine(), "cores_of_others": cores_of_others(start)},
         "checkpoint": str(arguments.checkpoint),
         **{name: getattr(arguments, name) for name in ("rounds", "requests", "threads")},
         "prompt_characters": workload.prompt_characters,
         "new_tokens": workload.new_tokens,
         "contestants": found,
-        "ratios": ratios(found) if "Moescope" in found else {},
+        "ratios": ratios(found),
     }
     print(table(found))
     print(f"ours over the quickest other, by streams: {result['ratios']}")
     for name, each in found.items():
         if each["trouble"]:
             print(f"{name}: {each['trouble']}")
-    arguments.results.mkdir(exist_ok=True)
-    (arguments.results / f"race-{now.date()}.json").write_text(json.dumps(result) + "\n")
+    keep(arguments.results, "race", result)
     return 0
 
 

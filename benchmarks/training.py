@@ -10,14 +10,12 @@ Letters: N tokens, T context_length, C channels, V vocabulary, L layers, E exper
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.__main__ import RESULTS, clocks, cores_of_others, machine
+from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
 from model.chance import LayerChance
 from model.config import ModelConfig
 from model.experts import Experts
@@ -214,21 +212,16 @@ def main() -> int:
         )
     start = clocks()
     measured = measure(arguments)
-    now = datetime.now(UTC)
     result = {
-        "date": now.isoformat(timespec="seconds"),
         "machine": {**machine(), "cores_of_others": cores_of_others(start)},
         "torch": torch.__version__,
         **{name: getattr(arguments, name) for name in ("preset", "threads", "rounds")},
         **measured,
     }
-    line = json.dumps(result)
     print(table(result))
     if (others := result["machine"]["cores_of_others"]) > 0.1:
         print(f"Do not trust this: other programs kept {others:.1f} cores busy meanwhile.")
-    arguments.results.mkdir(exist_ok=True)
-    (arguments.results / f"training-{now.date()}.json").write_text(line + "\n")
-    print(line)
+    keep(arguments.results, "training", result)
     return 0
 
 

@@ -553,5 +553,5 @@ assert with_it == written[:120]
 #   loss, and of the balance?
 # - Put `balance_weight=0.0` into the `TrainingConfig` of section 8 and look at section 10 again. Then add
 #   `router_noise="gaussian"`.
-# - `make train` trains a bigger model for five minutes; `make serve` serves the best one, and its page lets you silence
-#   experts with a click.
+# - `make train` trains a bigger model for five minutes; `make serve` serves the best one, and a request can silence
+#   experts: `disabled_experts`.

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-import xllamacpp  # type: ignore[import-not-found, unused-ignore]
+import xllamacpp  # type: ignore[import-not-found, unused-ignore]  # it lives in an environment of its own
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-import vllm  # type: ignore[import-not-found, unused-ignore]
+import vllm  # type: ignore[import-not-found, unused-ignore]  # it lives in an environment of its own
 
 
 def main() -> None:

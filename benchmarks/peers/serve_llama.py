@@ -5,7 +5,7 @@ Prints its address when it is ready, and ends when its standard input does.
 
 import sys
 
-import xllamacpp  # type: ignore[import-not-found, unused-ignore]
+import xllamacpp  # type: ignore[import-not-found, unused-ignore]  # it lives in an environment of its own
 
 
 def main() -> None:

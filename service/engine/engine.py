@@ -95,9 +95,10 @@ class Engine:
 
     def _burst(self, sequences: tuple[Sequence, ...]) -> int:
         """How many steps to make at once: none for nothing, none beyond what a reader may leave unread."""
-        longest = max(each.params.max_new_tokens - len(each.token_ids) for each in sequences)
-        unread = min((each.may_be_unread for each in sequences if each.may_be_unread is not None), default=longest)
-        return max(1, min(self.runner.most_steps, int(BURST_S / self._step_s), longest, unread))
+        most = [self.runner.most_steps, int(BURST_S / self._step_s)]
+        most += [max(each.params.max_new_tokens - len(each.token_ids) for each in sequences)]
+        most += [each.may_be_unread for each in sequences if each.may_be_unread is not None]
+        return max(1, min(most))
 
     def expire(self) -> tuple[Delivery, ...]:
         """End those whose time is up, and those whose reader has not moved for too long."""

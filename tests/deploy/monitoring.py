@@ -1,10 +1,12 @@
-"""A real Prometheus on the shipped configuration, with every file and host name where docker-compose.yml puts it."""
+"""A real Prometheus: on the shipped files where docker-compose.yml puts them, or on the shipped rules in seconds."""
 
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +17,8 @@ import yaml
 from tests.service.serving import free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy" / "prometheus"
+SECONDS_FOR_A_MINUTE = 2
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 Series = list[dict[str, Any]]
@@ -43,21 +47,50 @@ def inside(*command: str, mounts: dict[Path, str]) -> list[str]:
     pytest.skip("no mount namespace for this user, or nothing at " + ", ".join(mounts.values()))
 
 
+def binary(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"no {name} on this machine (Debian: apt install --no-install-recommends prometheus)")
+    return path
+
+
+def shortened(rules: str) -> str:
+    """The shipped file with every range and every ``for`` of N minutes made one of 2N seconds; nothing else differs.
+
+    The names of recording rules keep their 5m, which begins no word.
+    """
+    return re.sub(r"\b([0-9]+)m\b", lambda match: f"{int(match[1]) * SECONDS_FOR_A_MINUTE}s", rules)
+
+
 class Prometheus:
     """The process and its HTTP API. Its data lie in a new folder."""
 
-    def __init__(self, folder: Path, addresses: Addresses) -> None:
-        binary = shutil.which("prometheus")
-        if binary is None:
-            pytest.skip("no Prometheus on this machine (Debian: apt install --no-install-recommends prometheus)")
-        address = f"{addresses.of['prometheus']}:{free_port()}"  # nobody but the test asks it
-        given = [flag for flag in COMPOSE["services"]["prometheus"]["command"] if "storage.tsdb.path" not in flag]
-        flags = [*given, f"--storage.tsdb.path={folder / 'tsdb'}", f"--web.listen-address={address}"]
-        mounts = {addresses.hosts: "/etc/hosts", ROOT / "deploy" / "prometheus": "/etc/prometheus"}
+    def __init__(self, folder: Path, address: str, command: Sequence[str]) -> None:
         self._log = folder / "prometheus.log"
+        storage = [f"--storage.tsdb.path={folder / 'tsdb'}", f"--web.listen-address={address}"]
         with self._log.open("w") as file:
-            self._process = subprocess.Popen(inside(binary, *flags, mounts=mounts), stdout=file, stderr=file)
+            self._process = subprocess.Popen([*command, *storage], stdout=file, stderr=file)
         self._client = httpx.Client(base_url=f"http://{address}", timeout=60)
+
+    @classmethod
+    def of_compose(cls, folder: Path, addresses: Addresses) -> Self:
+        """On the shipped files, unedited, under the names and with the flags that docker-compose.yml gives."""
+        flags = [flag for flag in COMPOSE["services"]["prometheus"]["command"] if "storage.tsdb.path" not in flag]
+        mounts = {addresses.hosts: "/etc/hosts", FOLDER: "/etc/prometheus"}
+        address = f"{addresses.of['prometheus']}:{free_port()}"  # nobody but the test asks it
+        return cls(folder, address, inside(binary("prometheus"), *flags, mounts=mounts))
+
+    @classmethod
+    def in_seconds(cls, folder: Path, target: str) -> Self:
+        """On the shipped rules with seconds for minutes, and with one target."""
+        config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
+        config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
+        folder.mkdir()
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        (folder / "rules.yml").write_text(shortened((FOLDER / "rules.yml").read_text()))
+        command = [binary("prometheus"), f"--config.file={folder / 'prometheus.yml'}"]
+        return cls(folder, f"127.0.0.1:{free_port()}", command)
 
     @property
     def log(self) -> str:
@@ -77,6 +110,11 @@ class Prometheus:
     def query(self, expr: str) -> Series:
         """What an instant query finds now. Fails on an error, and on anything that Prometheus remarks."""
         return self._ask("/api/v1/query", query=expr)
+
+    def has_fired(self, name: str, **labels: object) -> bool:
+        """At any time until now."""
+        wanted = "".join(f',{label}="{value}"' for label, value in labels.items())
+        return bool(self.query(f'max_over_time(ALERTS{{alertname="{name}",alertstate="firing"{wanted}}}[1h])'))
 
     def query_range(self, expr: str, seconds: float, step: float) -> Series:
         now = time.time()

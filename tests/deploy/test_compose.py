@@ -22,7 +22,7 @@ def rendered(*files: str, profile: str = "demo", **environment: str) -> Services
     """The services as Compose itself understands the files."""
     compose = shutil.which("docker-compose", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if compose is None:
-        pytest.skip("docker-compose comes with the linters: make lint")
+        pytest.skip("no docker-compose on this machine; make lint installs one")
     named = [argument for name in files or ("docker-compose.yml",) for argument in ("-f", str(ROOT / name))]
     command = [compose, *named, "--profile", profile, "config", "--format", "json"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)

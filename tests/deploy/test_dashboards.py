@@ -18,7 +18,8 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from scripts import dashboards
+from scripts.dashboards import __main__ as dashboards
+from scripts.dashboards.experts import DRIFT_ALERT
 from tests.checkpoints import tiny_checkpoint
 from tests.deploy.monitoring import ROOT, Addresses, Prometheus
 from tests.service.serving import FOR_EVER, Server, wait_until
@@ -71,7 +72,7 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Addresses:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory, addresses: Addresses) -> Iterator[Prometheus]:
-    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), addresses)
+    prometheus = Prometheus.of_compose(tmp_path_factory.mktemp("prometheus"), addresses)
     try:
         yield prometheus.wait_until_ready()
     finally:
@@ -215,7 +216,7 @@ def cells(place: dict[str, int]) -> Iterator[tuple[int, int]]:
 
 def test_the_dashed_line_is_the_alert_s() -> None:
     (alert,) = [rule for rule in rules() if rule.get("alert") == "RoutingDrift"]
-    assert f"> {dashboards.DRIFT_ALERT}" in alert["expr"]
+    assert f"> {DRIFT_ALERT}" in alert["expr"]
 
 
 def test_each_dashboard_has_its_own_address_and_leads_to_the_others() -> None:

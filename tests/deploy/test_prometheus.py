@@ -19,7 +19,7 @@ import yaml
 from model import checkpoint
 from service.expert_window import LEAST_TOKENS
 from tests.checkpoints import tiny_checkpoint
-from tests.deploy.alerting import FOLDER, Prometheus, binary, shortened
+from tests.deploy.monitoring import FOLDER, Prometheus, binary, shortened
 from tests.service.serving import ROOT, Server, wait_until
 from training.corpora import Corpus
 
@@ -131,7 +131,7 @@ def traffic(server: Server, disabled: list[list[int]]) -> Iterator[None]:
 
 @contextmanager
 def prometheus_of(server: Server, folder: Path) -> Iterator[Prometheus]:
-    prometheus = Prometheus(folder, f"127.0.0.1:{server.port}")
+    prometheus = Prometheus.in_seconds(folder, f"127.0.0.1:{server.port}")
     try:
         yield prometheus.wait_until_ready()
     finally:
@@ -174,7 +174,8 @@ def test_the_drift_line_has_room_on_both_sides(corpus: Corpus) -> None:
     """With the least tokens that a drift is told of, the line is half as far again from ordinary and random text."""
     from benchmarks.drift import counts_by_chunk, figures
 
-    line = float(re.search(r"/ 2 > ([0-9.]+)", alerts()["RoutingDrift"]["expr"])[1])  # type: ignore[index]
+    (told,) = re.findall(r"/ 2 > ([0-9.]+)", alerts()["RoutingDrift"]["expr"])
+    line = float(told)
     loaded = checkpoint.load(ROOT / "checkpoints" / "shakespeare")
     baseline = np.array(loaded.training["routing_baseline"])
     ordinary = torch.tensor(loaded.tokenizer.encode(corpus.validation[:40_000]))

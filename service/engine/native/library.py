@@ -30,7 +30,7 @@ class NoLibrary(Exception):
 
 def load() -> ctypes.CDLL:
     """The compiled step: the one for this processor, or the portable one, or else compiled now. Raises NoLibrary."""
-    own = _built_for(f"native-{cpu_model()}")
+    own = _built_for(f"native {cpu_model()} {sorted(cpu_flags())}")  # a virtual machine may hide what its model has
     portable = _built_for(PORTABLE)
     if not own.exists() and not (portable.exists() and runs_portable()):
         compile_for("native", own)

@@ -12,6 +12,7 @@ from model import checkpoint
 from model.generate import generate
 from model.kv_cache import KVCache
 from model.transformer import Transformer
+from service.engine import engine as engine_module
 from service.engine.batch import Batch, DecodeBatch
 from service.engine.counters import ExpertCounters
 from service.engine.drawn import Drawn
@@ -20,7 +21,7 @@ from service.engine.native.runner import NativeRunner
 from service.engine.probe import find_row_multiple
 from service.engine.runner import Runner, TorchRunner
 from service.engine.scheduler import Scheduler
-from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, SamplingParams, Sequence
+from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, Phase, SamplingParams, Sequence
 from tests.checkpoints import tiny_model
 from tests.evidence import At, Evidence
 from training import record
@@ -32,12 +33,11 @@ CONTEXT = 32
 NATIVE: dict[Transformer, ctypes.CDLL] = {}  # those that the native step decodes
 
 
-@pytest.fixture(scope="module", params=["torch", "native"])
-def model(device: torch.device, request: pytest.FixtureRequest) -> Transformer:
+@pytest.fixture(scope="module", params=["cpu torch", "cpu native", pytest.param("cuda torch", marks=pytest.mark.cuda)])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    device, runner = request.param.split()
     model = record.as_served(tiny_model()).requires_grad_(False).to(device)
-    if request.param == "native":
-        if device.type != "cpu":
-            pytest.skip("the native step is for CPUs")
+    if runner == "native":
         NATIVE[model] = request.getfixturevalue("native_step")
     return model
 
@@ -188,6 +188,45 @@ def test_the_books_balance_with_prefill_decode_padding_and_a_cancelled_request(m
     assert (torch.from_numpy(figures.expert_counts.sum(0)) == by_expert).all()
     # Each token's gate weights sum to one, up to the fixed point's rounding.
     assert figures.gate_weight.sum(-1) == pytest.approx([figures.routed_tokens[:, 0].sum()] * 3, rel=1e-5)
+
+
+def test_who_ends_within_a_burst_has_nothing_of_the_rest_of_it(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bursts as long as can be, lengths of all kinds, a stop string: books and texts are those of single steps."""
+    monkeypatch.setattr(engine_module, "BURST_S", 1e9)
+
+    def some() -> list[Sequence]:
+        stopped = Sequence(
+            prompt(5, 8), SamplingParams(200, 1.0, seed=8, stop=("ab", "ka")), spell=lambda each: chr(97 + each % 26)
+        )
+        return [*(sequence(3 + i, max_new_tokens=1 + 7 * i, seed=i) for i in range(7)), stopped]
+
+    single, bursts = some(), some()
+    expected = run(engine_for(model, most_steps=1), *single)
+    engine = engine_for(model)
+    events = run(engine, *bursts)
+    for one, other in zip(single, bursts, strict=True):
+        assert other.token_ids == one.token_ids
+        ours, theirs = ended(events[other]), ended(expected[one])
+        assert (ours.reason, ours.routed_tokens) == (theirs.reason, theirs.routed_tokens)
+        assert ours.expert_counts == theirs.expert_counts
+    assert ended(events[bursts[-1]]).reason is FinishReason.STOP
+    figures = engine.figures()
+    assert (figures.expert_counts.sum(-1) == model.config.experts_per_token * figures.routed_tokens).all()
+    assert figures.gate_weight.sum(-1) == pytest.approx([figures.routed_tokens[:, 0].sum()] * 3, rel=1e-5)
+
+
+def test_a_burst_is_no_longer_than_the_longest_text_needs(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "BURST_S", 1e9)
+    engine = engine_for(model)
+    for length in (2, 9):
+        engine.add(sequence(3, max_new_tokens=length, seed=length))
+    decoded = 0
+    while engine.has_work:
+        report = engine.step()
+        decoded += report.steps * (report.phase is Phase.DECODE)
+    assert decoded <= 9  # the first token is the prompt's; at most one step was made before the second was read
 
 
 def test_figures_taken_while_sequences_run_are_consistent(model: Transformer) -> None:

@@ -168,7 +168,7 @@ def rows_of(batch: SamplingBatch, rows: Tensor) -> SamplingBatch:
 
 
 def test_it_draws_what_the_reference_draws_from_the_same_logits(step: ctypes.CDLL, at: At) -> None:
-    """Ties and filters included. Where all logarithms are told, the logits are known but for a constant."""
+    """Where all logarithms are told, the logits are known but for a constant."""
     model = model_of(vocab_size=64)
     runner, rows = native(step, model, 512), 512
     with torch.inference_mode():
@@ -184,6 +184,27 @@ def test_it_draws_what_the_reference_draws_from_the_same_logits(step: ctypes.CDL
             _, order, values = (each[0] for each in drawn.logprobs)
             logits = torch.empty_like(values).scatter(-1, order, values)
             assert torch.equal(drawn.token_ids[0], draw(logits, given.options, given.positions + 1))
+
+
+def test_among_equals_it_keeps_whom_the_reference_keeps(step: ctypes.CDLL) -> None:
+    """A head of zeros: 64 letters of 1/64 each, so that every bound of a filter is met exactly."""
+    model = model_of(vocab_size=64)
+    model.head.weight.zero_()
+    rows, runner = 256, native(step, model, 256)
+    halves = SamplingBatch(
+        temperature=torch.ones(rows, dtype=torch.float64),
+        top_k=torch.tensor([0, 1, 7, 64]).repeat(rows // 4),
+        top_p=torch.tensor([0.25, 0.5, 1, 1 / 64], dtype=torch.float64).repeat_interleave(rows // 4),
+        min_p=torch.tensor([0.0, 1.0], dtype=torch.float64).repeat_interleave(2).repeat(rows // 4),
+        seed=torch.arange(rows),
+    )
+    given = replace(batch_of(torch.arange(rows) % 64, torch.arange(rows), torch.arange(rows)), options=halves)
+    with torch.inference_mode():
+        drawn = runner.run(given, 1)
+        assert drawn
+        expected = draw(torch.zeros(rows, 64), halves, given.positions + 1)
+    assert torch.equal(drawn.token_ids[0], expected)
+    assert len(set(expected.tolist())) > 20
 
 
 def test_experts_that_a_row_does_without_are_never_chosen_and_others_keep_theirs(step: ctypes.CDLL) -> None:

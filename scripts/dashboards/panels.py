@@ -1,4 +1,4 @@
-"""The words that scripts/dashboards.py is written in: kinds of panels, pieces of PromQL. Knows no metric by name."""
+"""The words that dashboards are written in: kinds of panels, pieces of PromQL. Knows no metric by name."""
 
 from __future__ import annotations
 
