@@ -18,11 +18,23 @@ def span(name):
     with pathlib.Path("spans").open("a") as file:
         file.write(json.dumps([name, began, time.monotonic()]) + "\\n")
 """
-MANY = "import pytest\nfrom span import span\n\n@pytest.mark.parametrize('n', range(12))\ndef test_many(n):\n    span('many')\n"
-SOME = (
-    "import pytest\nfrom span import span\n\n@pytest.mark.alone\n@pytest.mark.parametrize('n', range(3))\n"
-    "def test_alone(n):\n    span('alone')\n"
-)
+MANY = """
+import pytest
+from span import span
+
+@pytest.mark.parametrize("n", range(12))
+def test_many(n):
+    span("many")
+"""
+SOME = """
+import pytest
+from span import span
+
+@pytest.mark.alone
+@pytest.mark.parametrize("n", range(3))
+def test_alone(n):
+    span("alone")
+"""
 
 
 def test_nothing_runs_beside_it_and_everything_else_runs_side_by_side(tmp_path: Path) -> None:
