@@ -88,7 +88,9 @@ class Stream:
     def __init__(self, url: str, requests: list[Request], dialect: Dialect) -> None:
         parts = urlsplit(url)
         self.answers: list[Answer] = []
-        self.socket = socket.create_connection((parts.hostname, parts.port or 80), PATIENCE_S)
+        self._address = (parts.hostname, parts.port or 80)
+        self.socket = socket.create_connection(self._address, PATIENCE_S)
+        self._is_fresh = True
         self._dialect = dialect
         path = parts.path + dialect.path
         self._waiting = [(encode(dialect.body(each), parts.netloc, path), each.new_tokens) for each in requests]
@@ -96,17 +98,34 @@ class Stream:
     def send_next(self) -> bool:
         """False when there is nothing left to send."""
         if self._waiting:
-            content, self._asked = self._waiting.pop(0)
+            self._content, self._asked = self._waiting.pop(0)
             self._line, self._tail = b"", b""
             self.answers.append(Answer(time.perf_counter()))
-            self.socket.sendall(content)
+            try:
+                self.socket.sendall(self._content)
+            except ConnectionError:
+                self._connect_anew()
             return True
         return False
 
+    def _connect_anew(self) -> None:
+        """For a server that closes a connection after an answer: what it costs is part of its next answer's time."""
+        self.socket.close()
+        self.socket = socket.create_connection(self._address, PATIENCE_S)
+        self._is_fresh = True
+        self.socket.sendall(self._content)
+
     def receive(self) -> bool:
         """Take in what has arrived. True when the answer is complete. Raises BrokenAnswer."""
-        arrived = self.socket.recv(1 << 16)
+        try:
+            arrived = self.socket.recv(1 << 16)
+        except ConnectionResetError:
+            arrived = b""
         now = time.perf_counter()
+        if not arrived and not (self._is_fresh or self._line or self._tail):
+            self._connect_anew()
+            return False
+        self._is_fresh = False
         if not arrived or (arrived.startswith(b"HTTP/1.1") and not arrived.startswith(b"HTTP/1.1 200")):
             raise BrokenAnswer(arrived.decode(errors="replace") or "the server closed the connection")
         lines, newline, self._line = (self._line + arrived).rpartition(b"\n")
@@ -162,5 +181,8 @@ def _read_the_ready(selector: selectors.BaseSelector) -> None:
         raise BrokenAnswer(f"nothing arrived for {PATIENCE_S:.0f} seconds")
     for key, _ in ready:
         stream: Stream = key.data
-        if stream.receive() and not stream.send_next():
-            selector.unregister(stream.socket)
+        has_more = not stream.receive() or stream.send_next()
+        if stream.socket is not key.fileobj or not has_more:
+            selector.unregister(key.fileobj)
+        if stream.socket is not key.fileobj and has_more:
+            selector.register(stream.socket, selectors.EVENT_READ, stream)

@@ -75,6 +75,25 @@ def test_the_client_counts_every_token_of_every_answer_and_keeps_the_connections
         assert answer.sent_at < answer.token_times[0] <= answer.token_times[-1] <= answer.ended_at
 
 
+def test_a_server_that_closes_after_every_answer_is_asked_on_a_new_connection() -> None:
+    text = HEAD + EVENT * 3 + ended(3)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer_and_close() -> None:
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(text)
+
+        thread = threading.Thread(target=answer_and_close)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        answers = client.closed_loop(url, [[Request("a", 0, 3), Request("b", 1, 3)]])
+        thread.join()
+    assert [len(answer.token_times) for answer in answers] == [3, 3]
+
+
 def test_a_token_is_counted_once_however_its_event_is_cut() -> None:
     text = HEAD + EVENT * 3 + ended(3)
     for cut in range(len(HEAD), len(HEAD) + len(EVENT), 7):
