@@ -76,6 +76,9 @@ ROWS = {
     ),
     "unbalanced": Row("`shakespeare` without its balance loss", "shakespeare", (*BUDGET, "--balance-weight", 0)),
     "makemoe": Row("`makemoe`, the notebook's budget", "makemoe", ()),
+    "characters": Row("`quick`", "quick", ()),
+    "bytes": Row("`quick`, bytes", "quick", ("--tokenizer", "byte")),
+    "bpe": Row("`quick`, byte-level BPE of 512 tokens", "quick", ("--tokenizer", "bpe")),
 }
 
 
@@ -121,9 +124,9 @@ def table(kept: Sequence[dict[str, Any]]) -> str:
     if not kept:
         return "No run has been made yet."
     lines = [
-        "| recipe | seeds | characters | core minutes | operations | loss of each | mean | "
+        "| recipe | seeds | tokens | core minutes | operations | loss of each, nats per token | mean | bits per character | "
         "core minutes and operations to 1.7439 | busiest expert, times the mean |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(ROWS[name].says, list(runs)) for name, runs in groupby(kept, key=lambda each: each["row"])]
     return "\n".join(lines)
@@ -142,6 +145,7 @@ def _line(says: str, runs: Sequence[dict[str, Any]]) -> str:
         f"{trained[0]['flops']:.1e}",
         ", ".join(f"{loss:.4f}" for loss in losses),
         f"**{statistics.mean(losses):.4f}**{spread}",
+        f"{statistics.mean(each['bits_per_character'] for each in trained):.4f}",
         _way_to_makemoe(runs),
         f"{max(each['max_load'] for each in trained):.2f}",
     ]

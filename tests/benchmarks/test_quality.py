@@ -76,11 +76,12 @@ def test_the_record_of_a_row_has_the_budget_and_the_flags_of_that_row() -> None:
 
 def test_a_mean_of_minutes_counts_cores_and_a_way_that_one_seed_did_not_end_is_not_told() -> None:
     training = {"seconds": 600, "tokens": 2_000_000, "flops": 1e12, "validation_loss": 1.5, "max_load": 1.2}
+    training |= {"bits_per_character": 2.164}
     reached = {"milestones": {quality.MAKEMOE: {"seconds": 60, "flops": 1e11}}}
     runs = [{"row": "strict", "seed": 1, "threads": 2, "training": training | reached}]
     assert "| 20 |" in quality.table(runs)
     assert "| 2.0, 1.0e+11 |" in quality.table(runs)
     late = {**runs[0], "seed": 2, "training": training | {"milestones": {}, "validation_loss": 1.7}}
     table = quality.table([*runs, json.loads(json.dumps(late))])
-    assert "**1.6000** ± 0.1414" in table
+    assert "**1.6000** ± 0.1414 | 2.1640 |" in table
     assert "1.0e+11" not in table
