@@ -124,8 +124,8 @@ def table(kept: Sequence[dict[str, Any]]) -> str:
     if not kept:
         return "No run has been made yet."
     lines = [
-        "| recipe | seeds | tokens | core minutes | operations | loss of each, nats per token | mean | bits per character | "
-        "core minutes and operations to 1.7439 | busiest expert, times the mean |",
+        "| recipe | seeds | tokens | core minutes | operations | loss of each, nats per token | mean | "
+        "bits per character | core minutes and operations to 1.7439 | busiest expert, times the mean |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(ROWS[name].says, list(runs)) for name, runs in groupby(kept, key=lambda each: each["row"])]
