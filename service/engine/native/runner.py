@@ -1,6 +1,6 @@
-"""Decoding by the native step: ctypes around step.cpp. Prompts are read by torch, into the same cache.
+"""The native step: ctypes around step.cpp. Torch only holds the arrays.
 
-Letters: T steps, B rows, L layers, K experts per token, V vocabulary.
+Letters: T steps, N rows that draw, L layers, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.sampling import log_probabilities
 from model.transformer import Layer, Transformer
-from service.engine.batch import Batch, DecodeBatch, Layout, PrefillBatch
-from service.engine.counters import PHASES, ExpertCounters
+from service.engine.batch import Batch, Layout, PrefillBatch
+from service.engine.counters import ExpertCounters
 from service.engine.drawn import Drawn
 from service.engine.native.library import NoLibrary
-from service.engine.runner import TorchRunner
-from service.engine.sequence import Phase
 
 ACTIVATIONS = ("swiglu", "relu", "gelu")
 HEAD_MULTIPLE = 32
+RING_MULTIPLE = 16
+"""The step keeps the keys of so many positions together."""
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -51,15 +51,12 @@ class _Weights(ctypes.Structure):
 
 
 class _Memory(ctypes.Structure):
-    _fields_ = [
-        *_fields(ctypes.c_void_p, "keys values tokens gate_weight"),
-        *_fields(ctypes.c_int64, "tokens_stride gate_weight_stride"),
-    ]
+    _fields_ = _fields(ctypes.c_void_p, "keys values tokens gate_weight")
 
 
 class _Steps(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_int32, "rows steps"),
+        *_fields(ctypes.c_int32, "rows steps drawing is_prompt team"),
         *_fields(ctypes.c_void_p, "ids slots positions disabled temperature top_p min_p top_k seed"),
         *_fields(ctypes.c_void_p, "token_ids finite expert_ids expert_weights logits"),
     ]
@@ -75,7 +72,7 @@ def why_not(config: ModelConfig) -> str | None:
 
 
 class NativeRunner:
-    """Decodes natively, up to most_steps a call. A row's bits do not depend on its company, so nothing is padded."""
+    """Reads prompts, and decodes up to most_steps a call. Nothing is padded: a row's bits are its own in any company."""
 
     name = "native"
     most_steps = 16
@@ -86,11 +83,14 @@ class NativeRunner:
         """Raises NoLibrary where there is no memory or no thread to be had, or if a weight is no bfloat16."""
         if any((weight.view(torch.int32) & 0xFFFF).any() for weight in model.parameters()):
             raise NoLibrary("the weights are not bfloat16, and it has no others")
-        self._torch = TorchRunner(model, num_slots, counters)
-        self._config = model.config
-        self._library = library
+        config = model.config
+        ring = config.context_length + -config.context_length % RING_MULTIPLE
+        self.layout = Layout(model.device, num_slots, config.num_layers, config.num_experts, row_multiple=1)
+        self.counters = counters
+        self.cache = KVCache(replace(config, context_length=ring), num_slots + 1, model.device)
+        self._config, self._library, self._threads = config, library, threads
         library.moescope_new.restype = ctypes.c_void_p
-        pieces = (_shape(model.config, num_slots + 1), _weights(model), _memory(self._torch.cache, counters))
+        pieces = (_shape(config, num_slots + 1), _weights(model), _memory(self.cache, counters))
         address = library.moescope_new(*map(ctypes.byref, pieces), threads)
         if not address:
             raise NoLibrary("there is no memory or no thread for it")
@@ -100,52 +100,48 @@ class NativeRunner:
         if hasattr(self, "_step"):
             self._library.moescope_delete(self._step)
 
-    @property
-    def layout(self) -> Layout:
-        return replace(self._torch.layout, row_multiple=1)
-
-    @property
-    def counters(self) -> ExpertCounters:
-        return self._torch.counters
-
-    @property
-    def cache(self) -> KVCache:
-        return self._torch.cache
-
-    def run(self, batch: Batch, steps: int) -> Drawn | None:
-        return self._torch.run(batch, steps) if isinstance(batch, PrefillBatch) else self._decode(batch, steps)
-
     def clear(self, slot: int) -> None:
-        self._torch.clear(slot)
+        self.cache.clear(slot)
 
     def rebuild(self) -> None:
-        self._torch.rebuild()
+        self.cache.clear(slice(None))
 
     def pad_rows_to(self, multiple: int) -> None:
-        self._torch.pad_rows_to(multiple)
+        """Padding would change nothing."""
 
-    def _decode(self, batch: DecodeBatch, steps: int) -> Drawn:
-        rows, config, wanted = len(batch.ids), self._config, batch.wishes.num_logprobs
-        drawn = torch.empty(steps, rows, dtype=torch.int64), torch.empty(steps, rows, dtype=torch.bool)
-        routed = (steps, rows, config.num_layers, config.experts_per_token)
+    def run(self, batch: Batch, steps: int) -> Drawn | None:
+        rows, wishes, options = batch.num_tokens, batch.wishes, batch.options
+        is_prompt = isinstance(batch, PrefillBatch)
+        if isinstance(batch, PrefillBatch):
+            assert steps == 1
+            drawing = int(batch.draws)
+            slots, positions = torch.full((rows,), batch.slot), torch.arange(batch.start, batch.start + rows)
+            disabled = None if wishes.disabled is None else wishes.disabled.expand(rows, -1, -1).contiguous()
+        else:
+            drawing, slots, positions, disabled = rows, batch.slots, batch.positions, wishes.disabled
+        drawn = torch.empty(steps, drawing, dtype=torch.int64), torch.empty(steps, drawing, dtype=torch.bool)
+        routed = (steps, drawing, self._config.num_layers, self._config.experts_per_token)
         routing = torch.empty(routed, dtype=torch.int64), torch.empty(routed)
-        logits = None if wanted is None else torch.empty(steps, rows, config.vocab_size)
-        options = batch.options
+        wanted = wishes.num_logprobs
+        logits = None if wanted is None else torch.empty(steps, drawing, self._config.vocab_size)
         arrays = [
-            *(batch.ids, batch.slots, batch.positions, batch.wishes.disabled),
+            *(batch.ids, slots, positions, disabled),
             *(options.temperature, options.top_p, options.min_p, options.top_k, options.seed),
             *(*drawn, *routing, logits),
         ]
         arrays = [None if each is None else each.contiguous() for each in arrays]
-        now = _Steps(rows, steps, *(None if each is None else each.data_ptr() for each in arrays))
+        addresses = (None if each is None else each.data_ptr() for each in arrays)
+        now = _Steps(rows, steps, drawing, is_prompt, self._threads, *addresses)
         self._library.moescope_run(self._step, ctypes.byref(now))
+        if not drawing:
+            return None
         return Drawn(
             *drawn, *routing, None if logits is None or wanted is None else _logprobs(logits, drawn[0], wanted)
         )
 
 
 def _logprobs(logits: Tensor, token_ids: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (T, B, V), token_ids (T, B)"""
+    """logits (T, N, V), token_ids (T, N)"""
     of_rows = log_probabilities(logits.flatten(0, 1), token_ids.flatten(), wanted)
     chosen, ids, best = (each.unflatten(0, token_ids.shape) for each in of_rows)
     return chosen, ids, best
@@ -177,6 +173,4 @@ def _weights_of(layer: Layer) -> Iterator[Tensor]:
 
 
 def _memory(cache: KVCache, counters: ExpertCounters) -> _Memory:
-    tokens = counters.tokens[:, PHASES.index(Phase.DECODE)]
-    arrays = (cache.keys, cache.values, tokens, counters.weight)
-    return _Memory(*(each.data_ptr() for each in arrays), tokens.stride(0), counters.weight.stride(0))
+    return _Memory(*(each.data_ptr() for each in (cache.keys, cache.values, counters.tokens, counters.weight)))

@@ -1,8 +1,10 @@
-// The decode step on a CPU: one token for each of B rows, drawn, some steps at a time. C interface, no dependencies.
+// The model on a CPU: the next token of each of B sequences, drawn, some steps at a time, or a prompt's next tokens. C
+// interface, no dependencies.
 //
-// Weights lie as bfloat16, as in the checkpoint; products and sums are float32. A row's every sum runs in one order that
-// depends on nothing but the model and the row itself, so its bits do not depend on its company or on the number of
-// threads. All threads walk through the same phases; in each they share columns (of a product) or rows.
+// Weights lie as bfloat16, as in the checkpoint; products and sums are float32. A row is one token at one position of one
+// slot. Its every sum runs in one order that depends on nothing but the model and the row itself, so its bits depend
+// neither on its company, nor on the number of threads, nor on whether it was read in a prompt or drawn and fed. All
+// threads walk through the same phases; in each they share columns (of a product) or rows.
 //
 // Letters as in model/: B rows, L layers, C channels, H query heads, G key/value heads, D head size, R ring length,
 // E experts, K experts per token, F expert size, V vocabulary.
@@ -13,7 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <new>
 #include <numeric>
 #include <thread>
 #include <utility>
@@ -27,10 +29,24 @@ constexpr int LANES = 16; // the numbers in one vector; so many columns of a mat
 constexpr int LANES = 8;
 #endif
 constexpr int MOST_ROWS = 8; // that are multiplied at a time
+constexpr int MOST_PROMPT_ROWS = 64; // that walk through the layers at a time
+constexpr int MOST_HEADS = 3; // that look at the same keys at a time
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 using Lanes = std::make_integer_sequence<int, LANES>;
+
+// A vector that straddles two lines of the cache costs twice.
+template <typename T> struct Aligned {
+  static constexpr std::align_val_t LINE{64};
+  using value_type = T;
+  Aligned() = default;
+  template <typename U> Aligned(const Aligned<U> &) {}
+  T *allocate(size_t count) { return static_cast<T *>(::operator new(count * sizeof(T), LINE)); }
+  void deallocate(T *at, size_t) { ::operator delete(at, LINE); }
+  bool operator==(const Aligned &) const { return true; }
+};
+template <typename T> using Array = std::vector<T, Aligned<T>>;
 
 inline Vec load(const float *from) {
   Vec x;
@@ -47,24 +63,6 @@ template <int... FROM> inline Vec shuffle(Vec a, Vec b) {
 #else
   return __builtin_shuffle(a, b, Ints{FROM...});
 #endif
-}
-
-// Both vectors hold groups of SIZE lanes; each is halved onto itself, and the groups of a and b take turns.
-template <int SIZE, int... LANE> inline Vec fold(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
-  constexpr int HALF = SIZE / 2;
-  return shuffle<(LANE / SIZE * SIZE + LANE % HALF + (LANE % SIZE < HALF ? 0 : LANES))...>(a, b) +
-         shuffle<(LANE / SIZE * SIZE + LANE % HALF + (LANE % SIZE < HALF ? 0 : LANES) + HALF)...>(a, b);
-}
-
-// sums[i] = the sum of the lanes of x[i], for as many vectors as a vector has lanes.
-template <int SIZE = LANES> inline Vec sums(const Vec *x) {
-  if constexpr (SIZE == 1) {
-    return x[0];
-  } else {
-    Vec half[SIZE / 2];
-    for (int i = 0; i < SIZE / 2; i++) half[i] = fold<SIZE>(x[i], x[i + SIZE / 2], Lanes());
-    return sums<SIZE / 2>(half);
-  }
 }
 
 template <int WIDTH = LANES / 2, int... LANE> inline float sum(Vec x, std::integer_sequence<int, LANE...>) {
@@ -94,10 +92,10 @@ inline Vec exp(Vec x) {
   return e * (Vec)power;
 }
 
-// Columns of a matrix (O, I) in panels of 16: for every pair of inputs 16 words, each with both inputs' bfloat16.
+// Columns of a matrix (O, I) in panels: for every pair of inputs 16 words, each with both inputs' bfloat16.
 struct Panels {
   int inputs = 0, count = 0;
-  std::vector<uint32_t> words;
+  Array<uint32_t> words;
 
   // rows(o) is where output o's inputs are, or null for one of padding
   template <typename Rows> void pack(int num_inputs, int num_outputs, Rows rows) {
@@ -169,14 +167,23 @@ inline void pause() {
 #endif
 }
 
-// All meet; who waits spins for some microseconds and then sleeps, because the cores may be needed by others.
+// Changes of a number that another thread waits for. Who waits spins for some microseconds and then sleeps, because the
+// cores may be needed by others.
+void until_changed(const std::atomic<uint32_t> &value, uint32_t from) {
+  for (int spin = 0; spin < 2000; spin++) {
+    if (value.load(std::memory_order_acquire) != from) return;
+    pause();
+  }
+  while (value.load(std::memory_order_acquire) == from) value.wait(from, std::memory_order_acquire);
+}
+
+// Where a team waits until all of it have come.
 class Meeting {
 public:
-  explicit Meeting(int size) : size_(size) {}
-  void wait() {
-    if (size_ == 1) return;
+  void wait(uint32_t team) {
+    if (team == 1) return;
     const uint32_t round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
       arrived_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
       round_.notify_all();
@@ -184,16 +191,8 @@ public:
     }
     until_changed(round_, round);
   }
-  static void until_changed(std::atomic<uint32_t> &value, uint32_t from) {
-    for (int spin = 0; spin < 2000; spin++) {
-      if (value.load(std::memory_order_acquire) != from) return;
-      pause();
-    }
-    while (value.load(std::memory_order_acquire) == from) value.wait(from, std::memory_order_acquire);
-  }
 
 private:
-  const uint32_t size_;
   std::atomic<uint32_t> arrived_{0}, round_{0};
 };
 
@@ -217,19 +216,21 @@ struct Weights {
       *const *key_norm, *const *moe_norm, *const *router, *const *gate_up, *const *down;
 };
 
-// What lasts from step to step: keys and values (L, S, G, R, D); how many tokens each expert had in decode steps, and its
-// gate weight in units of 2^-24, of slot 0, with the distance from slot to slot.
+// What lasts from call to call. Keys and values (L, S, G, R, D), with R rounded up to a multiple of 16; the order within
+// a slot's ring is the step's own. Of each slot: how many tokens each expert had (S, 2, L, E), in prompts and in decode
+// steps, and its gate weight in units of 2^-24 (S, L, E).
 struct Memory {
   float *keys, *values;
   int64_t *tokens, *gate_weight;
-  int64_t tokens_stride, gate_weight_stride;
 };
 
-// Some steps of B rows. ids, slots, positions (B,) say what is fed first; disabled (B, L, E) or null. The outputs are
-// those of every step: token_ids and finite (steps, B), expert_ids and expert_weights (steps, B, L, K), logits (steps, B,
-// V) or null.
+// B rows: either some steps of as many sequences, or, once, successive tokens of one slot's prompt. Of the rows the last
+// N draw: all of a decode step, the last of a prompt or none. ids, slots, positions (B,) say what is fed first; disabled
+// (B, L, E) or null; the options are (N,). The outputs are those of every step: token_ids and finite (steps, N),
+// expert_ids and expert_weights (steps, N, L, K), logits (steps, N, V) or null.
 struct Steps {
-  int32_t rows, steps;
+  int32_t rows, steps, drawing, is_prompt;
+  int32_t team; // how many threads share the work, at most those that there are
   const int64_t *ids, *slots, *positions;
   const uint8_t *disabled;
   const double *temperature, *top_p, *min_p;
@@ -245,80 +246,89 @@ struct Steps {
 namespace {
 
 struct Layer {
-  std::vector<float> attention_norm, query_norm, key_norm, moe_norm;
+  Array<float> attention_norm, query_norm, key_norm, moe_norm;
   Panels qkv, out, router;
   std::vector<Panels> gate_up, down;
 };
 
-// What one thread needs for itself.
+// What one thread needs for itself. Choices are counted row * K + k.
 struct Scratch {
-  std::vector<float> normed, inner, outer, scores;
+  std::atomic<uint32_t> calls{0};
+  Array<float> normed, outer, scores, router_logits;
   std::vector<const float *> x;
   std::vector<float *> y;
-  std::vector<int> of_expert;             // choices (row * K + k), sorted by expert
-  std::vector<int> ends;                  // of each expert's part of them
+  std::vector<int> chosen; // each choice's expert
+  std::vector<float> gates; // and its weight
+  std::vector<int> of_expert; // choices, sorted by expert
+  std::vector<int> ends; // of each expert's part of them
   std::vector<std::pair<double, int>> ranked;
   std::vector<double> mass;
 };
 
+// The rows that walk through the layers together: those of the call from first on, in one of its steps. Those from
+// drawing on draw.
+struct Pass {
+  int step, first, rows, drawing;
+};
+
 class Model {
 public:
+  // Threads are started last, and stopped where one cannot be had.
   Model(const Shape &shape, const Weights &weights, const Memory &memory, int threads)
-      : s(shape), memory(memory), threads(threads), meeting(threads), scratch(threads) {
-    qkv_size = (s.heads + 2 * s.kv_heads) * s.head_dim;
+      : s(shape), memory(memory), qkv_size((s.heads + 2 * s.kv_heads) * s.head_dim), scratch(threads) {
     embedding.assign(weights.embedding, weights.embedding + (size_t)s.vocab * s.channels);
     norm.assign(weights.norm, weights.norm + s.channels);
     head.pack(s.channels, s.vocab, [&](int o) { return weights.head + (size_t)o * s.channels; });
     layers.resize(s.layers);
     for (int l = 0; l < s.layers; l++) pack(layers[l], weights, l);
     for (int i = 0; i < s.head_dim / 2; i++) frequencies.push_back(std::pow(s.rope_theta, -2.0 * i / s.head_dim));
-    for (int t = 1; t < threads; t++) team.emplace_back([this, t] { work(t); });
+    make_room(std::max(s.slots, MOST_PROMPT_ROWS));
+    try {
+      for (int t = 1; t < threads; t++) others.emplace_back([this, t] { work(t); });
+    } catch (...) {
+      dismiss();
+      throw;
+    }
   }
 
-  ~Model() {
-    job = nullptr;
-    call();
-    for (auto &thread : team) thread.join();
-  }
+  ~Model() { dismiss(); }
 
   void run(const Steps &steps) {
-    fit(steps.rows);
     job = &steps;
-    call();
+    call(steps.team);
     walk(0);
   }
 
 private:
   const Shape s;
   const Memory memory;
-  const int threads;
-  int qkv_size;
-  std::vector<float> embedding, norm;
+  const int qkv_size;
+  Array<float> embedding, norm;
   Panels head;
   std::vector<Layer> layers;
   std::vector<double> frequencies;
 
   Meeting meeting;
-  std::atomic<uint32_t> calls{0};
   const Steps *job = nullptr;
-  std::vector<std::thread> team;
   std::vector<Scratch> scratch;
+  std::vector<std::thread> others;
   // Shared by all threads: of each row the residual stream, queries with keys and values, what was attended, the inner
-  // values of its experts, the router's and the head's logits.
-  std::vector<float> x, qkv, attended, hidden, activated, router_logits, logits;
-  std::vector<float> cosines, sines;
-  std::vector<int64_t> ids, positions;
+  // values of its experts and the head's logits.
+  Array<float> x, qkv, attended, hidden, activated, logits, cosines, sines;
+  std::vector<int64_t> positions;
 
   void pack(Layer &layer, const Weights &w, int l) {
-    const int c = s.channels, q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim, f = s.expert_size;
-    const auto copy = [](const float *from, int count) { return std::vector<float>(from, from + count); };
+    const int c = s.channels, d = s.head_dim, f = s.expert_size, q = s.heads / s.kv_heads * d;
+    const auto copy = [](const float *from, int count) { return Array<float>(from, from + count); };
     layer.attention_norm = copy(w.attention_norm[l], c), layer.moe_norm = copy(w.moe_norm[l], c);
-    layer.query_norm = copy(w.query_norm[l], s.head_dim), layer.key_norm = copy(w.key_norm[l], s.head_dim);
-    layer.qkv.pack(c, q + 2 * kv, [&](int o) {
-      const float *from = o < q ? w.query[l] : o < q + kv ? w.key[l] : w.value[l];
-      return from + (size_t)(o < q ? o : o < q + kv ? o - q : o - q - kv) * c;
+    layer.query_norm = copy(w.query_norm[l], d), layer.key_norm = copy(w.key_norm[l], d);
+    // What belongs to one key/value head lies together: its queries, its key, its value.
+    layer.qkv.pack(c, qkv_size, [&](int o) {
+      const int g = o / (q + 2 * d), at = o % (q + 2 * d);
+      return at < q ? w.query[l] + ((size_t)g * q + at) * c
+                    : (at < q + d ? w.key[l] : w.value[l]) + ((size_t)g * d + (at - q) % d) * c;
     });
-    layer.out.pack(q, c, [&](int o) { return w.out[l] + (size_t)o * q; });
+    layer.out.pack(s.heads * d, c, [&](int o) { return w.out[l] + (size_t)o * s.heads * d; });
     layer.router.pack(c, s.experts, [&](int o) { return w.router[l] + (size_t)o * c; });
     layer.gate_up.resize(s.experts), layer.down.resize(s.experts);
     const int matrices = s.activation == 0 ? 2 : 1;
@@ -333,57 +343,79 @@ private:
     }
   }
 
-  void fit(int rows) {
+  // Here and never later, so that a call cannot fail.
+  void make_room(int rows) {
     const size_t choices = (size_t)rows * s.chosen, inner = (size_t)s.expert_size * (s.activation == 0 ? 2 : 1);
-    const auto grow = [](auto &vector, size_t size) { if (vector.size() < size) vector.resize(size); };
-    grow(x, (size_t)rows * s.channels), grow(qkv, (size_t)rows * qkv_size);
-    grow(attended, (size_t)rows * s.heads * s.head_dim), grow(hidden, choices * inner), grow(activated, choices * s.expert_size);
-    grow(router_logits, (size_t)rows * padded(s.experts)), grow(logits, (size_t)rows * padded(s.vocab));
-    grow(cosines, (size_t)rows * s.head_dim), grow(sines, (size_t)rows * s.head_dim);
-    grow(ids, rows), grow(positions, rows);
+    x.resize((size_t)rows * s.channels), qkv.resize((size_t)rows * qkv_size);
+    attended.resize((size_t)rows * s.heads * s.head_dim), logits.resize((size_t)rows * padded(s.vocab));
+    hidden.resize(choices * inner), activated.resize(choices * s.expert_size);
+    cosines.resize((size_t)rows * s.head_dim / 2), sines.resize((size_t)rows * s.head_dim / 2);
+    positions.resize(rows);
     for (auto &own : scratch) {
-      grow(own.normed, (size_t)rows * s.channels), grow(own.outer, choices * s.channels);
-      grow(own.scores, (size_t)padded(s.ring) * (s.heads / s.kv_heads));
-      grow(own.x, choices), grow(own.y, choices), grow(own.of_expert, choices), grow(own.ends, s.experts + 1);
+      own.normed.resize((size_t)rows * s.channels), own.outer.resize(choices * s.channels);
+      own.scores.resize((size_t)MOST_HEADS * padded(s.ring)), own.router_logits.resize((size_t)rows * padded(s.experts));
+      own.x.resize(choices), own.y.resize(choices), own.chosen.resize(choices), own.gates.resize(choices);
+      own.of_expert.resize(choices), own.ends.resize(s.experts + 1);
+      own.ranked.resize(s.vocab), own.mass.resize(s.vocab);
     }
   }
 
   static int padded(int size) { return (size + LANES - 1) / LANES * LANES; }
 
-  void call() {
-    calls.fetch_add(1, std::memory_order_release);
-    calls.notify_all();
+  void call(int team) {
+    for (int t = 1; t < team; t++) {
+      scratch[t].calls.fetch_add(1, std::memory_order_release);
+      scratch[t].calls.notify_one();
+    }
   }
 
   void work(int t) {
     for (uint32_t seen = 0;; seen++) {
-      Meeting::until_changed(calls, seen);
+      until_changed(scratch[t].calls, seen);
       if (!job) return;
       walk(t);
     }
   }
 
-  int begin(int count, int t) const { return count * t / threads; }
-  int end(int count, int t) const { return count * (t + 1) / threads; }
+  void dismiss() {
+    job = nullptr;
+    call((int)others.size() + 1);
+    for (auto &thread : others) thread.join();
+  }
+
+  int begin(int count, int t) const { return (int)((int64_t)count * t / job->team); }
+  int end(int count, int t) const { return begin(count, t + 1); }
+  void meet() { meeting.wait(job->team); }
 
   void walk(int t) {
     const Steps &now = *job;
+    const int most = now.is_prompt ? MOST_PROMPT_ROWS : now.rows;
     for (int step = 0; step < now.steps; step++) {
-      for (int r = begin(now.rows, t); r < end(now.rows, t); r++) enter(now, step, r);
-      meeting.wait();
-      for (int l = 0; l < s.layers; l++) {
-        attention(t, l);
-        mixture(t, step, l);
+      for (int first = 0; first < now.rows; first += most) {
+        const int rows = std::min(most, now.rows - first);
+        forward(t, {step, first, rows, std::clamp(now.rows - now.drawing - first, 0, rows)});
       }
-      predict(t, step);
     }
-    meeting.wait(); // until then nobody may touch what the last step left
+    meet(); // until then nobody may touch what the last step left
   }
 
-  void enter(const Steps &now, int step, int r) {
-    ids[r] = step ? now.token_ids[(size_t)(step - 1) * now.rows + r] : now.ids[r];
-    positions[r] = now.positions[r] + step;
-    std::memcpy(&x[(size_t)r * s.channels], &embedding[(size_t)ids[r] * s.channels], s.channels * sizeof(float));
+  void forward(int t, const Pass &pass) {
+    for (int r = begin(pass.rows, t); r < end(pass.rows, t); r++) enter(pass, r);
+    meet();
+    for (int l = 0; l < s.layers; l++) {
+      attention(t, pass, l);
+      mixture(t, pass, l);
+    }
+    if (pass.drawing < pass.rows) predict(t, pass);
+  }
+
+  // Where in the outputs a row that draws has its place.
+  size_t place(const Pass &pass, int r) const { return (size_t)pass.step * job->drawing + r - pass.drawing; }
+
+  void enter(const Pass &pass, int r) {
+    const int64_t id = pass.step ? job->token_ids[place(pass, r) - job->drawing] : job->ids[pass.first + r];
+    positions[r] = job->positions[pass.first + r] + pass.step;
+    std::memcpy(&x[(size_t)r * s.channels], &embedding[(size_t)id * s.channels], s.channels * sizeof(float));
     for (int i = 0; i < s.head_dim / 2; i++) {
       const double angle = (double)positions[r] * frequencies[i];
       cosines[r * s.head_dim / 2 + i] = (float)std::cos(angle), sines[r * s.head_dim / 2 + i] = (float)std::sin(angle);
@@ -391,7 +423,7 @@ private:
   }
 
   // RMSNorm (Zhang and Sennrich 2019) of size values.
-  void normalise(const float *from, const std::vector<float> &weight, float *to, int size) const {
+  void normalise(const float *from, const Array<float> &weight, float *to, int size) const {
     Vec squares = {};
     for (int i = 0; i < size; i += LANES) squares = load(from + i) * load(from + i) + squares;
     const float reciprocal = 1.0f / std::sqrt(sum(squares) / size + s.eps);
@@ -399,31 +431,37 @@ private:
   }
 
   // Every thread norms all rows for itself: that is quicker than to meet once more.
-  void normalise_all(Scratch &own, const std::vector<float> &weight) const {
-    for (int r = 0; r < job->rows; r++) {
+  void normalise_all(Scratch &own, const Array<float> &weight, int first, int rows) const {
+    for (int r = first; r < rows; r++) {
       float *to = &own.normed[(size_t)r * s.channels];
       normalise(&x[(size_t)r * s.channels], weight, to, s.channels);
       own.x[r] = to;
     }
   }
 
-  void attention(int t, int l) {
+  void attention(int t, const Pass &pass, int l) {
     Scratch &own = scratch[t];
     const Layer &layer = layers[l];
-    const int rows = job->rows, width = s.heads * s.head_dim;
-    normalise_all(own, layer.attention_norm);
+    const int rows = pass.rows, width = s.heads * s.head_dim;
+    normalise_all(own, layer.attention_norm, 0, rows);
     for (int r = 0; r < rows; r++) own.y[r] = &qkv[(size_t)r * qkv_size];
-    multiply(layer.qkv, begin(layer.qkv.count, t), end(layer.qkv.count, t), own.x.data(), own.y.data(), rows);
-    meeting.wait();
-    for (int item = begin(rows * s.kv_heads, t); item < end(rows * s.kv_heads, t); item++)
-      attend(own, layer, l, item / s.kv_heads, item % s.kv_heads);
-    meeting.wait();
+    const int heads = s.kv_heads;
+    // Where the heads can be shared out, each thread has computed all that it attends with, and need not wait.
+    const bool by_head = heads % job->team == 0;
+    const int units = by_head ? heads : layer.qkv.count, each = layer.qkv.count / units;
+    multiply(layer.qkv, begin(units, t) * each, end(units, t) * each, own.x.data(), own.y.data(), rows);
+    if (!by_head) meet();
+    // A position's key takes the place of one that its predecessors in a prompt have still to look at, so these come first.
+    const int texts = job->is_prompt ? 1 : rows, length = rows / texts, items = texts * heads;
+    for (int item = begin(items, t); item < end(items, t); item++)
+      for (int r = 0; r < length; r++) attend(own, layer, pass, l, item % texts + r, item / texts);
+    meet();
     for (int r = 0; r < rows; r++) own.x[r] = &attended[(size_t)r * width], own.y[r] = &own.outer[(size_t)r * s.channels];
     const int first = begin(layer.out.count, t), last = end(layer.out.count, t);
     multiply(layer.out, first, last, own.x.data(), own.y.data(), rows);
     for (int r = 0; r < rows; r++)
       for (int i = first * LANES; i < last * LANES; i += LANES) add(&x[(size_t)r * s.channels + i], load(own.y[r] + i));
-    meeting.wait();
+    meet();
   }
 
   static void add(float *to, Vec what) { store(to, load(to) + what); }
@@ -439,113 +477,156 @@ private:
   }
 
   // One key/value head of one row: norms, rotation, a place in the ring, and the query heads that share it.
-  void attend(Scratch &own, const Layer &layer, int l, int r, int g) {
+  void attend(Scratch &own, const Layer &layer, const Pass &pass, int l, int r, int g) {
     const int d = s.head_dim, sharers = s.heads / s.kv_heads;
-    float *row = &qkv[(size_t)r * qkv_size], *key = row + (s.heads + g) * d, *value = key + s.kv_heads * d;
-    const size_t ring = (((size_t)l * s.slots + job->slots[r]) * s.kv_heads + g) * s.ring * d;
-    const int64_t position = positions[r];
-    normalise(key, layer.key_norm, key, d), rotate(key, r);
+    float *query = &qkv[(size_t)r * qkv_size + g * (sharers + 2) * d], *key = query + sharers * d, *value = key + d;
+    const size_t ring = (((size_t)l * s.slots + job->slots[pass.first + r]) * s.kv_heads + g) * padded(s.ring) * d;
     float *const keys = memory.keys + ring, *const values = memory.values + ring;
-    std::memcpy(keys + position % s.ring * d, key, d * sizeof(float));
-    std::memcpy(values + position % s.ring * d, value, d * sizeof(float));
-    const int held = (int)std::min<int64_t>(position + 1, s.ring);
-    for (int h = 0; h < sharers; h++) {
-      float *query = row + (g * sharers + h) * d;
-      normalise(query, layer.query_norm, query, d), rotate(query, r);
-      look(own, query, keys, values, held, &attended[((size_t)r * s.heads + g * sharers + h) * d]);
+    const int at = (int)(positions[r] % s.ring), held = (int)std::min<int64_t>(positions[r] + 1, s.ring);
+    normalise(key, layer.key_norm, key, d), rotate(key, r);
+    // Keys lie like a matrix in panels: of as many positions as a vector has lanes, one dimension after the other.
+    for (int i = 0; i < d; i++) keys[((size_t)at / LANES * d + i) * LANES + at % LANES] = key[i];
+    std::memcpy(values + (size_t)at * d, value, d * sizeof(float));
+    for (int h = 0; h < sharers; h++) normalise(query + h * d, layer.query_norm, query + h * d, d), rotate(query + h * d, r);
+    float *to = &attended[((size_t)r * s.heads + g * sharers) * d];
+    for (int h = 0; h < sharers; h += MOST_HEADS, query += MOST_HEADS * d, to += MOST_HEADS * d) {
+      switch (std::min(MOST_HEADS, sharers - h)) {
+      case 1: look<1>(own, query, keys, values, held, to); break;
+      case 2: look<2>(own, query, keys, values, held, to); break;
+      default: look<3>(own, query, keys, values, held, to); break;
+      }
     }
   }
 
+  // Neighbouring query heads look at the same keys and mix the same values.
+  template <int HEADS>
   void look(Scratch &own, const float *query, const float *key, const float *value, int held, float *to) const {
-    const int d = s.head_dim, most = padded(held);
+    const int width = padded(s.ring), panels = padded(held) / LANES;
     float *scores = own.scores.data();
-    const float scale = 1.0f / std::sqrt((float)d), never = -std::numeric_limits<float>::infinity();
-    Vec highest = all(never);
-    for (int p = 0; p < most; p += LANES) {
-      Vec products[LANES] = {};
-      for (int k = 0; k < LANES && p + k < held; k++)
-        for (int i = 0; i < d; i += LANES)
-          products[k] = load(query + i) * load(key + (size_t)(p + k) * d + i) + products[k];
-      Vec score = sums(products) * scale;
-      for (int k = std::max(0, held - p); k < LANES; k++) score[k] = never;
-      store(scores + p, score);
-      highest = pick(score > highest, score, highest);
+    int panel = 0;
+    for (; panel + 4 <= panels; panel += 4) score<HEADS, 4>(query, key, panel, scores);
+    for (; panel < panels; panel++) score<HEADS, 1>(query, key, panel, scores);
+    float reciprocals[HEADS];
+    for (int h = 0; h < HEADS; h++) reciprocals[h] = soften(scores + h * width, held);
+    for (int i = 0; i < s.head_dim; i += 2 * LANES) mix<HEADS>(scores, reciprocals, value + i, held, to + i);
+  }
+
+  template <int HEADS, int COUNT> void score(const float *query, const float *key, int panel, float *scores) const {
+    const int d = s.head_dim, width = padded(s.ring);
+    const float scale = 1.0f / std::sqrt((float)d);
+    Vec products[HEADS][COUNT] = {};
+    for (int i = 0; i < d; i++) {
+      for (int p = 0; p < COUNT; p++) {
+        const Vec keys = load(key + ((size_t)(panel + p) * d + i) * LANES);
+        for (int h = 0; h < HEADS; h++) products[h][p] = keys * query[h * d + i] + products[h][p];
+      }
     }
+    for (int h = 0; h < HEADS; h++)
+      for (int p = 0; p < COUNT; p++) store(scores + h * width + (panel + p) * LANES, products[h][p] * scale);
+  }
+
+  // Scores become e^(score - highest), and 0 where nothing is held; returns 1 over their sum.
+  static float soften(float *scores, int held) {
+    const int most = padded(held);
+    const float never = -std::numeric_limits<float>::infinity();
+    for (int p = held; p < most; p++) scores[p] = never;
+    Vec highest = load(scores);
+    for (int p = LANES; p < most; p += LANES) highest = pick(load(scores + p) > highest, load(scores + p), highest);
     float top = highest[0];
     for (int k = 1; k < LANES; k++) top = std::max(top, highest[k]);
     Vec total = {};
     for (int p = 0; p < most; p += LANES) {
-      const Vec score = load(scores + p);
-      const Vec e = pick(score == all(never), Vec{}, exp(score - top));
+      const Vec score = load(scores + p), e = pick(score == all(never), Vec{}, exp(score - top));
       store(scores + p, e), total = total + e;
     }
-    const float reciprocal = 1.0f / sum(total);
-    for (int i = 0; i < d; i += LANES) {
-      Vec mix[4] = {}; // four sums, of every fourth position, so that none waits for the other
-      int p = 0;
-      for (; p + 4 <= held; p += 4)
-        for (int k = 0; k < 4; k++) mix[k] = load(value + (size_t)(p + k) * d + i) * scores[p + k] + mix[k];
-      for (; p < held; p++) mix[p % 4] = load(value + (size_t)p * d + i) * scores[p] + mix[p % 4];
-      store(to + i, ((mix[0] + mix[1]) + (mix[2] + mix[3])) * reciprocal);
-    }
+    return 1.0f / sum(total);
   }
 
-  void mixture(int t, int step, int l) {
+  // Two vectors of each head's result. Even and odd positions have sums of their own, so that none waits for the other.
+  template <int HEADS>
+  void mix(const float *weights, const float *reciprocals, const float *value, int held, float *to) const {
+    const int d = s.head_dim, width = padded(s.ring);
+    Vec sums[2][HEADS][2] = {};
+    const auto take = [&](int p, Vec (&sum)[HEADS][2]) {
+      for (int v = 0; v < 2; v++) {
+        const Vec values = load(value + (size_t)p * d + v * LANES);
+        for (int h = 0; h < HEADS; h++) sum[h][v] = values * weights[h * width + p] + sum[h][v];
+      }
+    };
+    int p = 0;
+    for (; p + 2 <= held; p += 2) take(p, sums[0]), take(p + 1, sums[1]);
+    if (p < held) take(p, sums[0]);
+    for (int h = 0; h < HEADS; h++)
+      for (int v = 0; v < 2; v++) store(to + h * d + v * LANES, (sums[0][h][v] + sums[1][h][v]) * reciprocals[h]);
+  }
+
+  void mixture(int t, const Pass &pass, int l) {
     Scratch &own = scratch[t];
     const Layer &layer = layers[l];
-    const int rows = job->rows, width = padded(s.experts);
-    normalise_all(own, layer.moe_norm);
-    for (int r = 0; r < rows; r++) own.y[r] = &router_logits[(size_t)r * width];
-    multiply(layer.router, begin(layer.router.count, t), end(layer.router.count, t), own.x.data(), own.y.data(), rows);
-    meeting.wait();
-    for (int r = begin(rows, t); r < end(rows, t); r++) route(own, step, l, r);
-    meeting.wait();
-    group(own, step, l);
-    inner(own, layer, t);
-    meeting.wait();
-    outer(own, layer, t, step, l);
-    meeting.wait();
-  }
-
-  size_t choice(int step, int l, int r) const {
-    return (((size_t)step * job->rows + r) * s.layers + l) * s.chosen;
+    normalise_all(own, layer.moe_norm, 0, pass.rows);
+    for (int r = 0; r < pass.rows; r++) own.y[r] = &own.router_logits[(size_t)r * padded(s.experts)];
+    // Every thread routes all rows for itself, as with norms.
+    multiply(layer.router, 0, layer.router.count, own.x.data(), own.y.data(), pass.rows);
+    for (int r = 0; r < pass.rows; r++) route(own, pass, l, r);
+    // No two threads may write in one slot's books, and a prompt has but one slot.
+    const bool alone = job->is_prompt, has_turn = l % job->team == t;
+    for (int r = alone ? 0 : begin(pass.rows, t); r < (alone ? has_turn * pass.rows : end(pass.rows, t)); r++)
+      enter_in_the_books(own, pass, l, r);
+    // What the last layer makes of a row that does not draw is nobody's business.
+    const int from = l + 1 < s.layers ? 0 : pass.drawing;
+    if (from == pass.rows) return meet();
+    group(own, from, pass.rows);
+    inner(own, layer, t, from, pass.rows);
+    meet();
+    outer(own, layer, t, from, pass.rows);
+    meet();
   }
 
   // The K largest logits, ties to the lower expert, and a softmax over them or over all.
-  void route(Scratch &own, int step, int l, int r) {
-    float *logit = &router_logits[(size_t)r * padded(s.experts)];
-    const uint8_t *gone = job->disabled ? job->disabled + ((size_t)r * s.layers + l) * s.experts : nullptr;
-    own.ranked.resize(s.experts);
-    for (int e = 0; e < s.experts; e++) {
-      if (gone && gone[e]) logit[e] = -std::numeric_limits<float>::infinity();
-      own.ranked[e] = {logit[e], e};
+  void route(Scratch &own, const Pass &pass, int l, int r) const {
+    float *logit = &own.router_logits[(size_t)r * padded(s.experts)], *gates = &own.gates[(size_t)r * s.chosen];
+    int *best = &own.chosen[(size_t)r * s.chosen];
+    if (job->disabled) {
+      const uint8_t *gone = job->disabled + ((size_t)(pass.first + r) * s.layers + l) * s.experts;
+      for (int e = 0; e < s.experts; e++)
+        if (gone[e]) logit[e] = -std::numeric_limits<float>::infinity();
     }
-    const auto better = [](auto &a, auto &b) { return a.first > b.first || (a.first == b.first && a.second < b.second); };
-    std::partial_sort(own.ranked.begin(), own.ranked.begin() + s.chosen, own.ranked.end(), better);
-    const float highest = (float)own.ranked[0].first;
+    for (int e = 0; e < s.experts; e++) {
+      int k = std::min(e, s.chosen);
+      if (k == s.chosen && !(logit[e] > logit[best[k - 1]])) continue;
+      for (k = std::min(k, s.chosen - 1); k > 0 && logit[e] > logit[best[k - 1]]; k--) best[k] = best[k - 1];
+      best[k] = e;
+    }
+    const float highest = logit[best[0]];
     float total = 0;
-    const int over = s.gates_over_all ? s.experts : s.chosen;
-    for (int e = 0; e < over; e++) total += std::exp((float)own.ranked[e].first - highest);
-    const int64_t slot = job->slots[r];
+    for (int k = 0; k < s.chosen; k++) total += gates[k] = std::exp(logit[best[k]] - highest);
+    if (s.gates_over_all) total = std::accumulate(logit, logit + s.experts, 0.0f, [&](float sum, float x) {
+      return sum + std::exp(x - highest);
+    });
+    for (int k = 0; k < s.chosen; k++) gates[k] /= total;
+  }
+
+  void enter_in_the_books(const Scratch &own, const Pass &pass, int l, int r) {
+    const size_t slot = job->slots[pass.first + r], phase = job->is_prompt ? 0 : 1;
+    int64_t *tokens = memory.tokens + ((slot * 2 + phase) * s.layers + l) * s.experts;
+    int64_t *gate_weight = memory.gate_weight + (slot * s.layers + l) * s.experts;
     for (int k = 0; k < s.chosen; k++) {
-      const int e = own.ranked[k].second;
-      const float weight = std::exp((float)own.ranked[k].first - highest) / total;
-      job->expert_ids[choice(step, l, r) + k] = e, job->expert_weights[choice(step, l, r) + k] = weight;
-      memory.tokens[slot * memory.tokens_stride + (size_t)l * s.experts + e]++;
-      if (std::isfinite(weight))
-        memory.gate_weight[slot * memory.gate_weight_stride + (size_t)l * s.experts + e] += std::llrint(weight * 0x1p24);
+      const int e = own.chosen[r * s.chosen + k];
+      const float gate = own.gates[r * s.chosen + k];
+      tokens[e]++;
+      if (std::isfinite(gate)) gate_weight[e] += std::llrint(gate * 0x1p24);
+      if (r < pass.drawing) continue;
+      const size_t at = (place(pass, r) * s.layers + l) * s.chosen + k;
+      job->expert_ids[at] = e, job->expert_weights[at] = gate;
     }
   }
 
-  // Sort all choices by expert.
-  void group(Scratch &own, int step, int l) const {
+  // Sort the choices of some rows by expert.
+  void group(Scratch &own, int from, int rows) const {
     std::fill(own.ends.begin(), own.ends.end(), 0);
-    for (int r = 0; r < job->rows; r++)
-      for (int k = 0; k < s.chosen; k++) own.ends[job->expert_ids[choice(step, l, r) + k] + 1]++;
+    for (int n = from * s.chosen; n < rows * s.chosen; n++) own.ends[own.chosen[n] + 1]++;
     std::partial_sum(own.ends.begin(), own.ends.end(), own.ends.begin());
-    for (int r = 0; r < job->rows; r++)
-      for (int k = 0; k < s.chosen; k++)
-        own.of_expert[own.ends[job->expert_ids[choice(step, l, r) + k]]++] = r * s.chosen + k;
+    for (int n = from * s.chosen; n < rows * s.chosen; n++) own.of_expert[own.ends[own.chosen[n]]++] = n;
     // Each end has moved to where the next expert's part ends, so that [e - 1] is where e's begins.
   }
 
@@ -554,7 +635,7 @@ private:
       if (own.ends[e] > from) what(e, &own.of_expert[from], own.ends[e] - from);
   }
 
-  void inner(Scratch &own, const Layer &layer, int t) {
+  void inner(Scratch &own, const Layer &layer, int t, int from, int rows) {
     const int f = s.expert_size, matrices = s.activation == 0 ? 2 : 1, blocks = f / LANES;
     const int first = begin(blocks, t), last = end(blocks, t);
     each_expert(own, [&](int e, const int *choices, int count) {
@@ -564,7 +645,7 @@ private:
       }
       multiply(layer.gate_up[e], first * matrices, last * matrices, own.x.data(), own.y.data(), count);
     });
-    for (int n = 0; n < job->rows * s.chosen; n++)
+    for (int n = from * s.chosen; n < rows * s.chosen; n++)
       for (int b = first; b < last; b++)
         activate(&hidden[((size_t)n * blocks + b) * matrices * LANES], &activated[((size_t)n * blocks + b) * LANES]);
   }
@@ -580,7 +661,7 @@ private:
     }
   }
 
-  void outer(Scratch &own, const Layer &layer, int t, int step, int l) {
+  void outer(Scratch &own, const Layer &layer, int t, int from, int rows) {
     const int first = begin(layer.down[0].count, t), last = end(layer.down[0].count, t);
     each_expert(own, [&](int e, const int *choices, int count) {
       for (int n = 0; n < count; n++) {
@@ -589,42 +670,42 @@ private:
       }
       multiply(layer.down[e], first, last, own.x.data(), own.y.data(), count);
     });
-    for (int r = 0; r < job->rows; r++) {
-      const float *weights = job->expert_weights + choice(step, l, r);
+    for (int r = from; r < rows; r++) {
       for (int i = first * LANES; i < last * LANES; i += LANES) {
         Vec mix = {};
-        for (int k = 0; k < s.chosen; k++)
-          mix = load(&own.outer[((size_t)r * s.chosen + k) * s.channels + i]) * weights[k] + mix;
+        for (int n = r * s.chosen; n < (r + 1) * s.chosen; n++)
+          mix = load(&own.outer[(size_t)n * s.channels + i]) * own.gates[n] + mix;
         add(&x[(size_t)r * s.channels + i], mix);
       }
     }
   }
 
-  void predict(int t, int step) {
+  void predict(int t, const Pass &pass) {
     Scratch &own = scratch[t];
-    const int rows = job->rows, width = padded(s.vocab);
-    normalise_all(own, norm);
-    for (int r = 0; r < rows; r++) own.y[r] = &logits[(size_t)r * width];
-    multiply(head, begin(head.count, t), end(head.count, t), own.x.data(), own.y.data(), rows);
-    meeting.wait();
-    for (int r = begin(rows, t); r < end(rows, t); r++) {
+    const int width = padded(s.vocab), drawing = pass.rows - pass.drawing;
+    normalise_all(own, norm, pass.drawing, pass.rows);
+    for (int r = pass.drawing; r < pass.rows; r++) own.y[r] = &logits[(size_t)r * width];
+    const float *const *from = own.x.data() + pass.drawing;
+    multiply(head, begin(head.count, t), end(head.count, t), from, own.y.data() + pass.drawing, drawing);
+    meet();
+    for (int r = pass.drawing + begin(drawing, t); r < pass.drawing + end(drawing, t); r++) {
       const float *logit = &logits[(size_t)r * width];
-      const size_t at = (size_t)step * rows + r;
+      const size_t at = place(pass, r);
       job->finite[at] = std::all_of(logit, logit + s.vocab, [](float x) { return std::isfinite(x); });
-      job->token_ids[at] = job->finite[at] ? draw(own, logit, r) : 0;
+      job->token_ids[at] = job->finite[at] ? draw(own, logit, r - pass.drawing, positions[r] + 1) : 0;
       if (job->logits) std::memcpy(job->logits + at * s.vocab, logit, s.vocab * sizeof(float));
     }
-    if (step + 1 < job->steps) meeting.wait();
+    if (pass.step + 1 < job->steps) meet();
   }
 
-  // model/sampling.py, row by row.
-  int64_t draw(Scratch &own, const float *logit, int r) const {
-    const double temperature = job->temperature[r];
+  // model/sampling.py, row by row: the token at a position, with the options of the nth row that draws.
+  int64_t draw(Scratch &own, const float *logit, int n, int64_t position) const {
+    const double temperature = job->temperature[n];
     if (temperature == 0) return std::max_element(logit, logit + s.vocab) - logit;
-    likely(own, logit, temperature, job->top_k[r], job->top_p[r], job->min_p[r]);
+    likely(own, logit, temperature, job->top_k[n], job->top_p[n], job->min_p[n]);
     double total = 0;
     for (double mass : own.mass) total += mass;
-    const double threshold = uniform(job->seed[r], positions[r] + 1) * total;
+    const double threshold = uniform(job->seed[n], position) * total;
     double below = 0;
     int last = 0;
     for (int v = 0; v < s.vocab; v++) {
@@ -638,10 +719,10 @@ private:
   void likely(Scratch &own, const float *logit, double temperature, int64_t top_k, double top_p, double min_p) const {
     const int v = s.vocab;
     const double highest = *std::max_element(logit, logit + v) / temperature;
-    own.mass.resize(v), own.ranked.resize(v);
     for (int i = 0; i < v; i++) own.ranked[i] = {std::exp(logit[i] / temperature - highest), i};
     if (top_k > 0 || top_p < 1 || min_p > 0) {
-      std::stable_sort(own.ranked.begin(), own.ranked.end(), [](auto &a, auto &b) { return a.first > b.first; });
+      const auto better = [](auto &a, auto &b) { return a.first > b.first || (a.first == b.first && a.second < b.second); };
+      std::sort(own.ranked.begin(), own.ranked.end(), better);
       filter(own, top_k > 0 ? std::min<int64_t>(top_k, v) : v, top_p, min_p);
     }
     for (auto &[mass, id] : own.ranked) own.mass[id] = mass;

@@ -10,19 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import checkpoint
 from model.routing import WEIGHT_SCALE
 from model.sampling import SamplingBatch, draw
 from model.transformer import Transformer
-from service.engine.batch import DecodeBatch, Wishes
+from service.engine.batch import DecodeBatch, PrefillBatch, Wishes
 from service.engine.counters import ExpertCounters
 from service.engine.drawn import Drawn
 from service.engine.native import library
 from service.engine.native.library import NoLibrary
 from service.engine.native.runner import NativeRunner, why_not
 from service.engine.runner import Runner, TorchRunner
+from service.engine.scheduler import PREFILL_ROWS
 from tests.checkpoints import tiny_model
 from tests.evidence import At, Evidence
 from training import record
@@ -81,6 +83,23 @@ def read(runner: Runner, ids: Tensor, rows: int, start: int = 0) -> list[Drawn]:
     return [each for each in drawn if each]
 
 
+@torch.inference_mode()
+def read_prompt(
+    runner: Runner, ids: Tensor, chunks: Sequence[int], slot: int = 0, wishes: Wishes | None = None
+) -> Drawn:
+    """Read a prompt (T,) in chunks of these lengths, and draw what comes next."""
+    start, drawn = 0, None
+    for chunk in ids.split(list(chunks)):
+        padded = F.pad(chunk, (0, -len(chunk) % PREFILL_ROWS))
+        ends = start + len(chunk) == len(ids)
+        batch = PrefillBatch(padded, slot, start, len(chunk), ends, options(1, slot), wishes or Wishes(10, None))
+        drawn = runner.run(batch, 1)
+        assert bool(drawn) == ends
+        start += len(chunk)
+    assert drawn
+    return drawn
+
+
 def compare(ours: Sequence[Drawn], theirs: Sequence[Drawn]) -> tuple[float, int, int]:
     """The largest difference of a log-probability; places where experts differ, and where the likeliest letter does."""
     apart, experts, letters = 0.0, 0, 0
@@ -94,6 +113,50 @@ def compare(ours: Sequence[Drawn], theirs: Sequence[Drawn]) -> tuple[float, int,
         letters += int(((a.logprobs[1] != b.logprobs[1])[..., 0] & clear).sum())
         assert (a.expert_weights - b.expert_weights).abs().max() < 1e-4 or experts
     return apart, experts, letters
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_a_prompt_of_every_shape_is_read_as_torch_reads_it_and_counted_alike(
+    step: ctypes.CDLL, shape: dict[str, Any]
+) -> None:
+    model = model_of(**shape)
+    ids = torch.randint(65, (model.config.context_length + 75,), generator=torch.Generator().manual_seed(1))
+    rest = len(ids) - 1 - 20
+    ours = native(step, model, threads=3)
+    theirs = TorchRunner(model, 16, ExpertCounters(model.config, 16, model.device))
+    told = [
+        compare([read_prompt(ours, ids, chunks, slot)], [read_prompt(theirs, ids, chunks, slot)])
+        for slot, chunks in enumerate([[len(ids)], [1, 20, rest], [rest, 20, 1]])
+    ]
+    assert max(apart for apart, _, _ in told) < 1e-4
+    assert [differing for _, *differing in told] == [[0, 0]] * 3
+    (tokens, weight), (tokens_of_torch, weight_of_torch) = counted(ours), counted(theirs)
+    assert torch.equal(tokens, tokens_of_torch)
+    assert (weight - weight_of_torch).abs().max() <= 1e-5 * WEIGHT_SCALE * 3 * len(ids)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_prompt_has_the_bits_of_as_many_steps_however_it_is_cut_and_by_however_many_it_is_read(
+    step: ctypes.CDLL, kv_heads: int
+) -> None:
+    model = model_of(num_heads=4, num_kv_heads=kv_heads, num_experts=6)
+    ids = torch.randint(65, (3 * model.config.context_length + 70,), generator=torch.Generator().manual_seed(2))
+
+    def told(runner: NativeRunner, drawn: Drawn) -> list[object]:
+        assert drawn.logprobs
+        values = (drawn.token_ids, drawn.expert_ids, drawn.expert_weights, *drawn.logprobs)
+        state = (runner.cache.keys[:, 0], runner.cache.values[:, 0], runner.counters.weight[0])
+        return [*(value.flatten().tolist() for value in (*values, *state)), runner.counters.tokens[0].sum(0).tolist()]
+
+    runner, zero = native(step, model), torch.tensor([0])
+    for at, id_ in enumerate(ids):
+        fed = DecodeBatch(id_[None], zero, zero + at, 1, options(1), Wishes(10, None))
+        drawn = runner.run(fed, 1)
+    assert drawn
+    expected = told(runner, drawn)
+    for threads, chunks in [(1, [len(ids)]), (2, [16] * 10 + [len(ids) - 160]), (3, [1, 64, len(ids) - 65])]:
+        runner = native(step, model, threads=threads)
+        assert told(runner, read_prompt(runner, ids, chunks)) == expected, (threads, chunks)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
@@ -219,6 +282,38 @@ def test_experts_that_a_row_does_without_are_never_chosen_and_others_keep_theirs
     assert without
     assert torch.equal(plain.expert_ids[:, 0], without.expert_ids[:, 0])
     assert set(without.expert_ids[:, 1, 0].flatten().tolist()) == {1, 3}
+
+
+def test_experts_that_a_prompt_does_without_are_never_chosen(step: ctypes.CDLL) -> None:
+    model = model_of()
+    disabled = torch.zeros(1, 3, 4, dtype=torch.bool)
+    disabled[0, 0, [0, 2]] = True
+    disabled[0, 2, 1] = True
+    ids = torch.randint(65, (100,), generator=torch.Generator().manual_seed(3))
+    ours, theirs = native(step, model), TorchRunner(model, 16, ExpertCounters(model.config, 16, model.device))
+    apart, *differing = compare(
+        *([read_prompt(each, ids, [64, 36], 0, Wishes(10, disabled))] for each in (ours, theirs))
+    )
+    assert apart < 1e-4
+    assert differing == [0, 0]
+    assert torch.equal(counted(ours)[0], counted(theirs)[0])
+    assert counted(ours)[0][0][disabled[0]].tolist() == [0, 0, 0]
+
+
+def test_a_prompt_that_is_not_finite_says_so_and_leaves_others_alone(step: ctypes.CDLL) -> None:
+    model = model_of()
+    ids = torch.randint(65, (40,), generator=torch.Generator().manual_seed(4))
+    runner = native(step, model)
+    expected = read_prompt(native(step, model), ids, [40], slot=1)
+    runner.cache.values[:, 0] = float("nan")
+    whole = read_prompt(runner, ids, [40])  # overwrites what it looks at
+    assert whole.is_finite.all()
+    runner.cache.values[:, 0] = float("nan")
+    batch = PrefillBatch(ids[:16], 0, 40, 16, True, options(1), Wishes(None, None))
+    drawn = runner.run(batch, 1)
+    assert drawn
+    assert not drawn.is_finite.any()
+    assert read_prompt(runner, ids, [40], slot=1).token_ids.tolist() == expected.token_ids.tolist()
 
 
 def test_a_row_that_is_not_finite_says_so_and_leaves_its_neighbours_alone(step: ctypes.CDLL) -> None:
