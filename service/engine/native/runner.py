@@ -72,7 +72,7 @@ def why_not(config: ModelConfig) -> str | None:
 
 
 class NativeRunner:
-    """Reads prompts, and decodes up to most_steps a call. Nothing is padded: a row's bits are its own in any company."""
+    """Reads prompts, and decodes up to most_steps a call. Nothing is padded: bits of a row are its own in any crowd."""
 
     name = "native"
     most_steps = 16
