@@ -23,6 +23,8 @@ from service.engine.native.library import NoLibrary
 
 ACTIVATIONS = ("swiglu", "relu", "gelu")
 HEAD_MULTIPLE = 32
+PARTS = ("QKV", "attention", "out", "router", "counting", "experts", "head", "sampling", "rest", "waiting")
+"""Of a step, in the order of step.cpp's Part. Each product counts with the norms before it."""
 RING_MULTIPLE = 16
 """The step keeps the keys of so many positions together."""
 
@@ -58,7 +60,7 @@ class _Steps(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_int32, "rows steps drawing is_prompt team"),
         *_fields(ctypes.c_void_p, "ids slots positions disabled temperature top_p min_p top_k seed"),
-        *_fields(ctypes.c_void_p, "token_ids finite expert_ids expert_weights logits"),
+        *_fields(ctypes.c_void_p, "token_ids finite expert_ids expert_weights logits seconds"),
     ]
 
 
@@ -109,7 +111,8 @@ class NativeRunner:
     def pad_rows_to(self, multiple: int) -> None:
         """Padding would change nothing."""
 
-    def run(self, batch: Batch, steps: int) -> Drawn | None:
+    def run(self, batch: Batch, steps: int, seconds: Tensor | None = None) -> Drawn | None:
+        """Where seconds (PARTS,) of float64 are given, the time of each part, as the first thread sees it, is added."""
         rows, wishes, options = batch.num_tokens, batch.wishes, batch.options
         is_prompt = isinstance(batch, PrefillBatch)
         if isinstance(batch, PrefillBatch):
@@ -127,7 +130,7 @@ class NativeRunner:
         arrays = [
             *(batch.ids, slots, positions, disabled),
             *(options.temperature, options.top_p, options.min_p, options.top_k, options.seed),
-            *(*drawn, *routing, logits),
+            *(*drawn, *routing, logits, seconds),
         ]
         arrays = [None if each is None else each.contiguous() for each in arrays]
         addresses = (None if each is None else each.data_ptr() for each in arrays)

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -240,10 +241,14 @@ struct Steps {
   int64_t *expert_ids;
   float *expert_weights;
   float *logits;
+  double *seconds; // null, or where the time of the first thread goes: it is added to the parts of Part
 };
 }
 
 namespace {
+
+enum Part { QKV, ATTENTION, OUT, ROUTER, COUNTING, EXPERTS, HEAD, SAMPLING, REST, MEETING };
+using Clock = std::chrono::steady_clock;
 
 struct Layer {
   Array<float> attention_norm, query_norm, key_norm, moe_norm;
@@ -295,6 +300,7 @@ public:
 
   void run(const Steps &steps) {
     job = &steps;
+    looked = Clock::now();
     call(steps.team);
     walk(0);
   }
@@ -316,6 +322,7 @@ private:
   // values of its experts and the head's logits.
   Array<float> x, qkv, attended, hidden, activated, logits, cosines, sines;
   std::vector<int64_t> positions;
+  Clock::time_point looked; // at the clock, by the first thread
 
   void pack(Layer &layer, const Weights &w, int l) {
     const int c = s.channels, d = s.head_dim, f = s.expert_size, q = s.heads / s.kv_heads * d;
@@ -385,7 +392,20 @@ private:
 
   int begin(int count, int t) const { return (int)((int64_t)count * t / job->team); }
   int end(int count, int t) const { return begin(count, t + 1); }
-  void meet() { meeting.wait(job->team); }
+
+  // What was done since the last look at the clock was this part of the step.
+  void lap(int t, Part part) {
+    if (t > 0 || !job->seconds) return;
+    const auto now = Clock::now();
+    job->seconds[part] += std::chrono::duration<double>(now - looked).count();
+    looked = now;
+  }
+
+  void meet(int t, Part part) {
+    lap(t, part);
+    meeting.wait(job->team);
+    lap(t, MEETING);
+  }
 
   void walk(int t) {
     const Steps &now = *job;
@@ -396,12 +416,12 @@ private:
         forward(t, {step, first, rows, std::clamp(now.rows - now.drawing - first, 0, rows)});
       }
     }
-    meet(); // until then nobody may touch what the last step left
+    meet(t, REST); // until then nobody may touch what the last step left
   }
 
   void forward(int t, const Pass &pass) {
     for (int r = begin(pass.rows, t); r < end(pass.rows, t); r++) enter(pass, r);
-    meet();
+    meet(t, REST);
     for (int l = 0; l < s.layers; l++) {
       attention(t, pass, l);
       mixture(t, pass, l);
@@ -450,18 +470,18 @@ private:
     const bool by_head = heads % job->team == 0;
     const int units = by_head ? heads : layer.qkv.count, each = layer.qkv.count / units;
     multiply(layer.qkv, begin(units, t) * each, end(units, t) * each, own.x.data(), own.y.data(), rows);
-    if (!by_head) meet();
+    by_head ? lap(t, QKV) : meet(t, QKV);
     // A position's key takes the place of one that its predecessors in a prompt have still to look at, so these come first.
     const int texts = job->is_prompt ? 1 : rows, length = rows / texts, items = texts * heads;
     for (int item = begin(items, t); item < end(items, t); item++)
       for (int r = 0; r < length; r++) attend(own, layer, pass, l, item % texts + r, item / texts);
-    meet();
+    meet(t, ATTENTION);
     for (int r = 0; r < rows; r++) own.x[r] = &attended[(size_t)r * width], own.y[r] = &own.outer[(size_t)r * s.channels];
     const int first = begin(layer.out.count, t), last = end(layer.out.count, t);
     multiply(layer.out, first, last, own.x.data(), own.y.data(), rows);
     for (int r = 0; r < rows; r++)
       for (int i = first * LANES; i < last * LANES; i += LANES) add(&x[(size_t)r * s.channels + i], load(own.y[r] + i));
-    meet();
+    meet(t, OUT);
   }
 
   static void add(float *to, Vec what) { store(to, load(to) + what); }
@@ -568,18 +588,20 @@ private:
     // Every thread routes all rows for itself, as with norms.
     multiply(layer.router, 0, layer.router.count, own.x.data(), own.y.data(), pass.rows);
     for (int r = 0; r < pass.rows; r++) route(own, pass, l, r);
+    lap(t, ROUTER);
     // No two threads may write in one slot's books, and a prompt has but one slot.
     const bool alone = job->is_prompt, has_turn = l % job->team == t;
     for (int r = alone ? 0 : begin(pass.rows, t); r < (alone ? has_turn * pass.rows : end(pass.rows, t)); r++)
       enter_in_the_books(own, pass, l, r);
+    lap(t, COUNTING);
     // What the last layer makes of a row that does not draw is nobody's business.
     const int from = l + 1 < s.layers ? 0 : pass.drawing;
-    if (from == pass.rows) return meet();
+    if (from == pass.rows) return meet(t, REST);
     group(own, from, pass.rows);
     inner(own, layer, t, from, pass.rows);
-    meet();
+    meet(t, EXPERTS);
     outer(own, layer, t, from, pass.rows);
-    meet();
+    meet(t, EXPERTS);
   }
 
   // The K largest logits, ties to the lower expert, and a softmax over them or over all.
@@ -687,7 +709,7 @@ private:
     for (int r = pass.drawing; r < pass.rows; r++) own.y[r] = &logits[(size_t)r * width];
     const float *const *from = own.x.data() + pass.drawing;
     multiply(head, begin(head.count, t), end(head.count, t), from, own.y.data() + pass.drawing, drawing);
-    meet();
+    meet(t, HEAD);
     for (int r = pass.drawing + begin(drawing, t); r < pass.drawing + end(drawing, t); r++) {
       const float *logit = &logits[(size_t)r * width];
       const size_t at = place(pass, r);
@@ -695,7 +717,8 @@ private:
       job->token_ids[at] = job->finite[at] ? draw(own, logit, r - pass.drawing, positions[r] + 1) : 0;
       if (job->logits) std::memcpy(job->logits + at * s.vocab, logit, s.vocab * sizeof(float));
     }
-    if (pass.step + 1 < job->steps) meet();
+    if (pass.step + 1 < job->steps) meet(t, SAMPLING);
+    else lap(t, SAMPLING);
   }
 
   // model/sampling.py, row by row: the token at a position, with the options of the nth row that draws.
