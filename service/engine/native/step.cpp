@@ -143,22 +143,25 @@ inline void strip(const Panels &matrix, int begin, int end, const float *const *
   if constexpr (WIDEST > 1) strip<ROWS, WIDEST / 2>(matrix, begin, end, x, y);
 }
 
-// y[r][o] = sum over i of matrix[o][i] * x[r][i], for the outputs of the panels from begin to end. What a row gets does
-// not depend on how many rows there are: only the number of sums that are kept in registers does.
+// So many panels at a time that there are sums enough to keep the multipliers busy, and few enough for the registers.
+constexpr int widest(int rows) {
+  return LANES == 16 ? (rows <= 3 ? 8 : rows <= 6 ? 4 : 2) : (rows == 1 ? 8 : rows <= 4 ? 4 / ((rows + 1) / 2) : 1);
+}
+
+template <int ROWS = MOST_ROWS>
+void block(const Panels &matrix, int begin, int end, const float *const *x, float *const *y, int rows) {
+  if (rows == ROWS) strip<ROWS, widest(ROWS)>(matrix, begin, end, x, y);
+  else if constexpr (ROWS > 1) block<ROWS - 1>(matrix, begin, end, x, y, rows);
+}
+
+// y[r][o] = sum over i of matrix[o][i] * x[r][i], for the outputs of the panels from begin to end, in blocks of about as
+// many rows each. What a row gets does not depend on how many rows there are: only the number of sums that are kept in
+// registers does.
 void multiply(const Panels &matrix, int begin, int end, const float *const *x, float *const *y, int rows) {
-  for (int done = 0; done < rows; done += MOST_ROWS, x += MOST_ROWS, y += MOST_ROWS) {
-    const int some = std::min(MOST_ROWS, rows - done);
-    // Panels that several blocks of rows need stay in the cache when they are gone through panel by panel.
-    switch (some) {
-    case 1: strip<1, 8>(matrix, begin, end, x, y); break;
-    case 2: strip<2, 4>(matrix, begin, end, x, y); break;
-    case 3: strip<3, 4>(matrix, begin, end, x, y); break;
-    case 4: strip<4, 4>(matrix, begin, end, x, y); break;
-    case 5: strip<5, 2>(matrix, begin, end, x, y); break;
-    case 6: strip<6, 2>(matrix, begin, end, x, y); break;
-    case 7: strip<7, 2>(matrix, begin, end, x, y); break;
-    default: strip<8, 2>(matrix, begin, end, x, y); break;
-    }
+  for (int blocks = (rows + MOST_ROWS - 1) / MOST_ROWS; blocks > 0; blocks--) {
+    const int some = rows / blocks;
+    block(matrix, begin, end, x, y, some);
+    x += some, y += some, rows -= some;
   }
 }
 
