@@ -93,7 +93,7 @@ inline Vec exp(Vec x) {
   return e * (Vec)power;
 }
 
-// Columns of a matrix (O, I) in panels: for every pair of inputs 16 words, each with both inputs' bfloat16.
+// Columns of a matrix (O, I) in panels: for every pair of inputs a vector of words, each with both inputs' bfloat16.
 struct Panels {
   int inputs = 0, count = 0;
   Array<uint32_t> words;
@@ -499,12 +499,21 @@ private:
     }
   }
 
+  // Where a row's ring begins, for one key/value head.
+  size_t where(const Pass &pass, int l, int r, int g) const {
+    const size_t slot = (size_t)l * s.slots + job->slots[pass.first + r];
+    return (slot * s.kv_heads + g) * padded(s.ring) * s.head_dim;
+  }
+
   // One key/value head of one row: norms, rotation, a place in the ring, and the query heads that share it.
   void attend(Scratch &own, const Layer &layer, const Pass &pass, int l, int r, int g) {
     const int d = s.head_dim, sharers = s.heads / s.kv_heads;
     float *query = &qkv[(size_t)r * qkv_size + g * (sharers + 2) * d], *key = query + sharers * d, *value = key + d;
-    const size_t ring = (((size_t)l * s.slots + job->slots[pass.first + r]) * s.kv_heads + g) * padded(s.ring) * d;
+    const size_t ring = where(pass, l, r, g);
     float *const keys = memory.keys + ring, *const values = memory.values + ring;
+    // The keys and values of many rows come from afar: the next ones are on their way while these are looked at. They are
+    // fetched past the last level of the cache, or they would drive the weights out of it.
+    const ptrdiff_t ahead = (ptrdiff_t)where(pass, l, std::min(r + 1, pass.rows - 1), g) - (ptrdiff_t)ring;
     const int at = (int)(positions[r] % s.ring), held = (int)std::min<int64_t>(positions[r] + 1, s.ring);
     normalise(key, layer.key_norm, key, d), rotate(key, r);
     // Keys lie like a matrix in panels: of as many positions as a vector has lanes, one dimension after the other.
@@ -514,33 +523,37 @@ private:
     float *to = &attended[((size_t)r * s.heads + g * sharers) * d];
     for (int h = 0; h < sharers; h += MOST_HEADS, query += MOST_HEADS * d, to += MOST_HEADS * d) {
       switch (std::min(MOST_HEADS, sharers - h)) {
-      case 1: look<1>(own, query, keys, values, held, to); break;
-      case 2: look<2>(own, query, keys, values, held, to); break;
-      default: look<3>(own, query, keys, values, held, to); break;
+      case 1: look<1>(own, query, keys, values, held, ahead, to); break;
+      case 2: look<2>(own, query, keys, values, held, ahead, to); break;
+      default: look<3>(own, query, keys, values, held, ahead, to); break;
       }
     }
   }
 
   // Neighbouring query heads look at the same keys and mix the same values.
   template <int HEADS>
-  void look(Scratch &own, const float *query, const float *key, const float *value, int held, float *to) const {
+  void look(Scratch &own, const float *query, const float *key, const float *value, int held, ptrdiff_t ahead,
+            float *to) const {
     const int width = padded(s.ring), panels = padded(held) / LANES;
     float *scores = own.scores.data();
     int panel = 0;
-    for (; panel + 4 <= panels; panel += 4) score<HEADS, 4>(query, key, panel, scores);
-    for (; panel < panels; panel++) score<HEADS, 1>(query, key, panel, scores);
+    for (; panel + 4 <= panels; panel += 4) score<HEADS, 4>(query, key, panel, ahead, scores);
+    for (; panel < panels; panel++) score<HEADS, 1>(query, key, panel, ahead, scores);
     float reciprocals[HEADS];
     for (int h = 0; h < HEADS; h++) reciprocals[h] = soften(scores + h * width, held);
-    for (int i = 0; i < s.head_dim; i += 2 * LANES) mix<HEADS>(scores, reciprocals, value + i, held, to + i);
+    for (int i = 0; i < s.head_dim; i += 2 * LANES) mix<HEADS>(scores, reciprocals, value + i, held, ahead, to + i);
   }
 
-  template <int HEADS, int COUNT> void score(const float *query, const float *key, int panel, float *scores) const {
+  template <int HEADS, int COUNT>
+  void score(const float *query, const float *key, int panel, ptrdiff_t ahead, float *scores) const {
     const int d = s.head_dim, width = padded(s.ring);
     const float scale = 1.0f / std::sqrt((float)d);
     Vec products[HEADS][COUNT] = {};
     for (int i = 0; i < d; i++) {
       for (int p = 0; p < COUNT; p++) {
-        const Vec keys = load(key + ((size_t)(panel + p) * d + i) * LANES);
+        const float *from = key + ((size_t)(panel + p) * d + i) * LANES;
+        const Vec keys = load(from);
+        __builtin_prefetch(from + ahead, 0, 0);
         for (int h = 0; h < HEADS; h++) products[h][p] = keys * query[h * d + i] + products[h][p];
       }
     }
@@ -567,12 +580,15 @@ private:
 
   // Two vectors of each head's result. Even and odd positions have sums of their own, so that none waits for the other.
   template <int HEADS>
-  void mix(const float *weights, const float *reciprocals, const float *value, int held, float *to) const {
+  void mix(const float *weights, const float *reciprocals, const float *value, int held, ptrdiff_t ahead,
+           float *to) const {
     const int d = s.head_dim, width = padded(s.ring);
     Vec sums[2][HEADS][2] = {};
     const auto take = [&](int p, Vec (&sum)[HEADS][2]) {
       for (int v = 0; v < 2; v++) {
-        const Vec values = load(value + (size_t)p * d + v * LANES);
+        const float *from = value + (size_t)p * d + v * LANES;
+        const Vec values = load(from);
+        __builtin_prefetch(from + ahead, 0, 0);
         for (int h = 0; h < HEADS; h++) sum[h][v] = values * weights[h * width + p] + sum[h][v];
       }
     };
