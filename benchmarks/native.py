@@ -1,0 +1,218 @@
+"""``python -m benchmarks.native``: where a native step's time goes, against what this machine can do in the same run.
+
+At one row a step is bound by how fast weights arrive, so its bytes stand beside the bandwidth of memory and of the last
+level of the cache; at many rows by multiplication, so its operations stand beside torch's own matrix product. Also how
+fast prompts are read, by torch too. Everything takes its turn in every round. Prints a table for people and one JSON line
+for machines, which is also kept in benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
+from model import checkpoint
+from model.config import ModelConfig
+from model.experts import ROW_MULTIPLE
+from model.sampling import SamplingBatch
+from model.transformer import Transformer
+from service.cpus import usable_cpus
+from service.engine.batch import DecodeBatch, PrefillBatch, Wishes
+from service.engine.counters import ExpertCounters
+from service.engine.native.library import NoLibrary, load
+from service.engine.native.runner import PARTS, NativeRunner, why_not
+from service.engine.runner import Runner, TorchRunner
+from service.engine.scheduler import PREFILL_ROWS
+
+MATRIX = 768
+BEYOND_CACHE = 2**28
+WITHIN_CACHE = 12 * 2**20
+"""Bytes that are read for the bandwidth of memory, and of a cache that is larger than those of the cores."""
+BURST_S = 0.003
+NO_WISHES = Wishes(None, None)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.native", description="Where a native step's time goes.")
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
+    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N")
+    parser.add_argument("--position", type=int, default=139, metavar="N", help="of all rows; 139 is the middle of a race")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[64, 256, 1000], metavar="N", help="their lengths")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    return parser.parse_args(arguments)
+
+
+class Subject:
+    """A native runner whose slots all hold a text that it has written."""
+
+    def __init__(self, model: Transformer, slots: int, threads: int, position: int) -> None:
+        self.runner = NativeRunner(load(), model, slots, _counters(model, slots), threads)
+        self._ids = torch.arange(slots) % model.config.vocab_size
+        self._position = 0
+        while self._position < position:
+            steps = min(self.runner.most_steps, position - self._position)
+            drawn = self.runner.run(self._batch(slots), steps)
+            assert drawn
+            self._ids, self._position = drawn.token_ids[-1], self._position + steps
+
+    def _batch(self, rows: int) -> DecodeBatch:
+        slots, positions = torch.arange(rows), torch.full((rows,), self._position)
+        return DecodeBatch(self._ids[:rows].contiguous(), slots, positions, rows, _options(rows), NO_WISHES)
+
+    def step(self, rows: int) -> tuple[float, Tensor]:
+        """Seconds of one step, from a burst of them, and of its parts; the same step at every call."""
+        batch, parts = self._batch(rows), torch.zeros(len(PARTS), dtype=torch.float64)
+        one = _seconds(lambda: self.runner.run(batch, 1))
+        steps = min(self.runner.most_steps, max(1, int(BURST_S / one)))
+        seconds = _seconds(lambda: self.runner.run(batch, steps)) / steps
+        self.runner.run(batch, steps, parts)
+        return seconds, parts / steps
+
+
+def _counters(model: Transformer, slots: int) -> ExpertCounters:
+    return ExpertCounters(model.config, slots, model.device)
+
+
+def _options(rows: int) -> SamplingBatch:
+    reals = (torch.full((rows,), each, dtype=torch.float64) for each in (0.8, 1.0, 0.0))
+    temperature, top_p, min_p = reals
+    return SamplingBatch(temperature, torch.zeros(rows, dtype=torch.int64), top_p, min_p, torch.arange(rows))
+
+
+@torch.inference_mode()
+def read(runner: Runner, length: int, chunk: int = 128) -> None:
+    """A prompt, as the engine has it read."""
+    for start in range(0, length, chunk):
+        tokens = min(chunk, length - start)
+        ids = F.pad(torch.arange(start, start + tokens) * 7 % 65, (0, -tokens % PREFILL_ROWS))
+        runner.run(PrefillBatch(ids, 0, start, tokens, start + tokens == length, _options(1), NO_WISHES), 1)
+
+
+def _seconds(what: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    what()
+    return time.perf_counter() - started
+
+
+def active_bytes(config: ModelConfig, position: int) -> int:
+    """What one row's step reads: weights in bfloat16, keys and values in float32."""
+    held = min(position + 1, config.context_length)
+    return 2 * _active_weights(config) + 8 * config.num_layers * config.num_kv_heads * config.head_dim * held
+
+
+def operations(config: ModelConfig, position: int) -> int:
+    """Multiplications and additions of one row's step, in its products and in attention."""
+    held = min(position + 1, config.context_length)
+    return 2 * _active_weights(config) + 4 * config.num_layers * config.num_heads * config.head_dim * held
+
+
+def _active_weights(config: ModelConfig) -> int:
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    experts = config.experts_per_token * config.matrices_per_expert * config.expert_size
+    layer = config.hidden_size * (heads + config.num_experts + experts)
+    return config.num_layers * layer + config.vocab_size * config.hidden_size
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians over the rounds; a share is of one round's figures, since a machine that slows down slows both."""
+    torch.set_num_threads(arguments.threads)
+    loaded = checkpoint.load(arguments.checkpoint, "cpu")
+    config, position = loaded.config, arguments.position
+    if reason := why_not(config):
+        raise NoLibrary(reason)
+    subject = Subject(loaded.model, max(arguments.rows), arguments.threads, position)
+    plain = TorchRunner(loaded.model, 1, _counters(loaded.model, 1))
+    plain.pad_rows_to(ROW_MULTIPLE)
+    square, large, small = torch.randn(MATRIX, MATRIX), torch.ones(BEYOND_CACHE // 4), torch.ones(WITHIN_CACHE // 4)
+    told: dict[tuple[str, int], list[float]] = defaultdict(list)
+    parts: dict[int, list[Tensor]] = defaultdict(list)
+    for _ in range(arguments.rounds):
+        gemm = 2 * MATRIX**3 / min(_seconds(lambda: square @ square) for _ in range(5))
+        memory = BEYOND_CACHE / min(_seconds(large.sum) for _ in range(2))
+        cache = WITHIN_CACHE / min(_seconds(small.sum) for _ in range(9))
+        for name, value in (("gemm", gemm), ("memory", memory), ("cache", cache)):
+            told[name, 0].append(value / 1e9)
+        for rows in arguments.rows:
+            seconds, parts_s = min((subject.step(rows) for _ in range(5)), key=lambda each: each[0])
+            parts[rows].append(parts_s)
+            told["step", rows].append(seconds)
+            told["of memory", rows].append(active_bytes(config, position) * rows / seconds / memory)
+            told["of cache", rows].append(active_bytes(config, position) * rows / seconds / cache)
+            told["of gemm", rows].append(operations(config, position) * rows / seconds / gemm)
+        for length in arguments.prompts:
+            for name, runner in (("native", subject.runner), ("torch", plain)):
+                told[name, length].append(min(_seconds(lambda r=runner: read(r, length)) for _ in range(3)))  # type: ignore[misc]
+    middle = {key: statistics.median(values) for key, values in told.items()}
+    return {
+        "gemm_gflops": round(middle["gemm", 0], 1),
+        "memory_gb_s": round(middle["memory", 0], 1),
+        "cache_gb_s": round(middle["cache", 0], 1),
+        "active_bytes": active_bytes(config, position),
+        "operations": operations(config, position),
+        "steps": [_figures(rows, middle, parts[rows]) for rows in arguments.rows],
+        "prompts": [
+            {"length": n, **{name: round(n / middle[name, n]) for name in ("native", "torch")}} for n in arguments.prompts
+        ],
+    }
+
+
+def _figures(rows: int, middle: dict[tuple[str, int], float], parts: list[Tensor]) -> dict[str, Any]:
+    seconds = torch.stack(parts).median(dim=0).values
+    shares = (seconds / seconds.sum()).tolist()
+    return {
+        "rows": rows,
+        "us_per_step": round(middle["step", rows] * 1e6, 1),
+        "tokens_per_second": round(rows / middle["step", rows]),
+        **{name.replace(" ", "_"): round(middle[name, rows], 3) for name in ("of memory", "of cache", "of gemm")},
+        "parts": {name: round(share, 4) for name, share in zip(PARTS, shares, strict=True)},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    steps = result["steps"]
+    lines = [["rows", *(f"{step['rows']}" for step in steps)]]
+    lines += [["tokens/s", *(f"{step['tokens_per_second']:,}" for step in steps)]]
+    lines += [["us a step", *(f"{step['us_per_step']:,.0f}" for step in steps)]]
+    lines += [[name.replace("_", " "), *(f"{step[name]:.0%}" for step in steps)] for name in ("of_gemm",)]
+    one = [step for step in steps if step["rows"] == 1]
+    lines += [[part, *(f"{step['parts'][part]:.1%}" for step in steps)] for part in PARTS]
+    told = ["  ".join([cells[0].ljust(10), *(cell.rjust(7) for cell in cells[1:])]) for cells in lines]
+    told += [f"at one row: {each['of_memory']:.0%} of memory, {each['of_cache']:.0%} of the cache" for each in one]
+    told += ["prompt of {length}: {native:,} tokens/s, torch {torch:,}".format_map(row) for row in result["prompts"]]
+    return "\n".join(told)
+
+
+def main() -> int:
+    arguments, started = parse(), clocks()
+    try:
+        measured = measure(arguments)
+    except NoLibrary as reason:
+        print(f"benchmarks.native: {reason}", file=sys.stderr)
+        return 1
+    result = {
+        "machine": {**machine(), "cores_of_others": cores_of_others(started)},
+        **{name: getattr(arguments, name) for name in ("threads", "position", "rounds")},
+        "checkpoint": str(arguments.checkpoint),
+        **measured,
+    }
+    print("{gemm_gflops} GFLOP/s in torch's product, {memory_gb_s} GB/s of memory, {cache_gb_s} GB/s of cache".format_map(result))
+    print(table(result))
+    keep(arguments.results, "native", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
