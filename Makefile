@@ -38,6 +38,7 @@ bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
 	@$(PY) -m benchmarks $(ARGS)
 	@$(PY) -m benchmarks.training
 	@$(PY) -m benchmarks.counting
+	@$(PY) -m benchmarks.native
 
 bench-peers: .venv/train.stamp ## race llama.cpp and vLLM over HTTP, which are installed for it (ARGS='--contestants ...')
 	@exec $(PY) -m benchmarks.race $(ARGS)

@@ -1,9 +1,9 @@
 """``python -m benchmarks.native``: where a native step's time goes, against what this machine can do in the same run.
 
 At one row a step is bound by how fast weights arrive, so its bytes stand beside the bandwidth of memory and of the last
-level of the cache; at many rows by multiplication, so its operations stand beside torch's own matrix product. Also how
-fast prompts are read, by torch too. Everything takes its turn in every round. Prints a table for people and one JSON line
-for machines, which is also kept in benchmarks/results/.
+level of the cache; at many rows by multiplication, so its operations stand beside torch's own matrix product. Also: how
+fast prompts are read, by torch too. Everything takes its turn in every round. Prints a table for people and one JSON
+line for machines, which is also kept in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ BEYOND_CACHE = 2**28
 WITHIN_CACHE = 12 * 2**20
 """Bytes that are read for the bandwidth of memory, and of a cache that is larger than those of the cores."""
 BURST_S = 0.003
+SHARES = ("of gemm", "of memory", "of cache")
 NO_WISHES = Wishes(None, None)
 
 
@@ -48,7 +50,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
     parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N")
-    parser.add_argument("--position", type=int, default=139, metavar="N", help="of all rows; 139 is the middle of a race")
+    parser.add_argument(
+        "--position", type=int, default=139, metavar="N", help="of all rows; 139 is the middle of a race"
+    )
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 256, 1000], metavar="N", help="their lengths")
     parser.add_argument("--rounds", type=int, default=9, metavar="N")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
@@ -149,12 +153,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             seconds, parts_s = min((subject.step(rows) for _ in range(5)), key=lambda each: each[0])
             parts[rows].append(parts_s)
             told["step", rows].append(seconds)
-            told["of memory", rows].append(active_bytes(config, position) * rows / seconds / memory)
-            told["of cache", rows].append(active_bytes(config, position) * rows / seconds / cache)
             told["of gemm", rows].append(operations(config, position) * rows / seconds / gemm)
+            if rows == 1:  # several share what they read
+                told["of memory", rows].append(active_bytes(config, position) / seconds / memory)
+                told["of cache", rows].append(active_bytes(config, position) / seconds / cache)
         for length in arguments.prompts:
             for name, runner in (("native", subject.runner), ("torch", plain)):
-                told[name, length].append(min(_seconds(lambda r=runner: read(r, length)) for _ in range(3)))  # type: ignore[misc]
+                told[name, length].append(min(_seconds(partial(read, runner, length)) for _ in range(3)))
     middle = {key: statistics.median(values) for key, values in told.items()}
     return {
         "gemm_gflops": round(middle["gemm", 0], 1),
@@ -164,7 +169,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "operations": operations(config, position),
         "steps": [_figures(rows, middle, parts[rows]) for rows in arguments.rows],
         "prompts": [
-            {"length": n, **{name: round(n / middle[name, n]) for name in ("native", "torch")}} for n in arguments.prompts
+            {"length": n, **{name: round(n / middle[name, n]) for name in ("native", "torch")}}
+            for n in arguments.prompts
         ],
     }
 
@@ -176,7 +182,7 @@ def _figures(rows: int, middle: dict[tuple[str, int], float], parts: list[Tensor
         "rows": rows,
         "us_per_step": round(middle["step", rows] * 1e6, 1),
         "tokens_per_second": round(rows / middle["step", rows]),
-        **{name.replace(" ", "_"): round(middle[name, rows], 3) for name in ("of memory", "of cache", "of gemm")},
+        **{name.replace(" ", "_"): round(middle[name, rows], 3) for name in SHARES if (name, rows) in middle},
         "parts": {name: round(share, 4) for name, share in zip(PARTS, shares, strict=True)},
     }
 
@@ -186,11 +192,10 @@ def table(result: dict[str, Any]) -> str:
     lines = [["rows", *(f"{step['rows']}" for step in steps)]]
     lines += [["tokens/s", *(f"{step['tokens_per_second']:,}" for step in steps)]]
     lines += [["us a step", *(f"{step['us_per_step']:,.0f}" for step in steps)]]
-    lines += [[name.replace("_", " "), *(f"{step[name]:.0%}" for step in steps)] for name in ("of_gemm",)]
-    one = [step for step in steps if step["rows"] == 1]
+    for share in (name.replace(" ", "_") for name in SHARES):
+        lines += [[share.replace("_", " "), *(f"{step[share]:.0%}" if share in step else "" for step in steps)]]
     lines += [[part, *(f"{step['parts'][part]:.1%}" for step in steps)] for part in PARTS]
-    told = ["  ".join([cells[0].ljust(10), *(cell.rjust(7) for cell in cells[1:])]) for cells in lines]
-    told += [f"at one row: {each['of_memory']:.0%} of memory, {each['of_cache']:.0%} of the cache" for each in one]
+    told = ["  ".join([name.ljust(9), *(cell.rjust(7) for cell in cells)]).rstrip() for name, *cells in lines]
     told += ["prompt of {length}: {native:,} tokens/s, torch {torch:,}".format_map(row) for row in result["prompts"]]
     return "\n".join(told)
 
@@ -208,7 +213,10 @@ def main() -> int:
         "checkpoint": str(arguments.checkpoint),
         **measured,
     }
-    print("{gemm_gflops} GFLOP/s in torch's product, {memory_gb_s} GB/s of memory, {cache_gb_s} GB/s of cache".format_map(result))
+    limits = (
+        "{gemm_gflops} GFLOP/s in torch's product, {memory_gb_s} GB/s from memory, {cache_gb_s} GB/s from the cache"
+    )
+    print(limits.format_map(result))
     print(table(result))
     keep(arguments.results, "native", result)
     return 0
