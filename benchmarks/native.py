@@ -76,8 +76,9 @@ class Subject:
         slots, positions = torch.arange(rows), torch.full((rows,), self._position)
         return DecodeBatch(self._ids[:rows].contiguous(), slots, positions, rows, _options(rows), NO_WISHES)
 
-    def step(self, rows: int) -> tuple[float, Tensor]:
+    def step(self, rows: int, threads: int) -> tuple[float, Tensor]:
         """Seconds of one step, from a burst of them, and of its parts; the same step at every call."""
+        self.runner.threads = threads
         batch, parts = self._batch(rows), torch.zeros(len(PARTS), dtype=torch.float64)
         one = _seconds(lambda: self.runner.run(batch, 1))
         steps = min(self.runner.most_steps, max(1, int(BURST_S / one)))
@@ -150,13 +151,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, value in (("gemm", gemm), ("memory", memory), ("cache", cache)):
             told[name, 0].append(value / 1e9)
         for rows in arguments.rows:
-            seconds, parts_s = min((subject.step(rows) for _ in range(5)), key=lambda each: each[0])
+            seconds, parts_s = min((subject.step(rows, arguments.threads) for _ in range(5)), key=lambda each: each[0])
             parts[rows].append(parts_s)
             told["step", rows].append(seconds)
+            told["alone", rows].append(min(subject.step(rows, 1)[0] for _ in range(3)))
             told["of gemm", rows].append(operations(config, position) * rows / seconds / gemm)
             if rows == 1:  # several share what they read
                 told["of memory", rows].append(active_bytes(config, position) / seconds / memory)
                 told["of cache", rows].append(active_bytes(config, position) / seconds / cache)
+        subject.runner.threads = arguments.threads
         for length in arguments.prompts:
             for name, runner in (("native", subject.runner), ("torch", plain)):
                 told[name, length].append(min(_seconds(partial(read, runner, length)) for _ in range(3)))
@@ -182,6 +185,7 @@ def _figures(rows: int, middle: dict[tuple[str, int], float], parts: list[Tensor
         "rows": rows,
         "us_per_step": round(middle["step", rows] * 1e6, 1),
         "tokens_per_second": round(rows / middle["step", rows]),
+        "by_one_thread": round(rows / middle["alone", rows]),
         **{name.replace(" ", "_"): round(middle[name, rows], 3) for name in SHARES if (name, rows) in middle},
         "parts": {name: round(share, 4) for name, share in zip(PARTS, shares, strict=True)},
     }
@@ -191,6 +195,7 @@ def table(result: dict[str, Any]) -> str:
     steps = result["steps"]
     lines = [["rows", *(f"{step['rows']}" for step in steps)]]
     lines += [["tokens/s", *(f"{step['tokens_per_second']:,}" for step in steps)]]
+    lines += [["1 thread", *(f"{step['by_one_thread']:,}" for step in steps)]]
     lines += [["us a step", *(f"{step['us_per_step']:,.0f}" for step in steps)]]
     for share in (name.replace(" ", "_") for name in SHARES):
         lines += [[share.replace("_", " "), *(f"{step[share]:.0%}" if share in step else "" for step in steps)]]

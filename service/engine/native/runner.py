@@ -90,7 +90,8 @@ class NativeRunner:
         self.layout = Layout(model.device, num_slots, config.num_layers, config.num_experts, row_multiple=1)
         self.counters = counters
         self.cache = KVCache(replace(config, context_length=ring), num_slots + 1, model.device)
-        self._config, self._library, self._threads = config, library, threads
+        self._config, self._library = config, library
+        self.threads = threads  # that share a call; fewer can be asked for at any time
         library.moescope_new.restype = ctypes.c_void_p
         pieces = (_shape(config, num_slots + 1), _weights(model), _memory(self.cache, counters))
         address = library.moescope_new(*map(ctypes.byref, pieces), threads)
@@ -134,7 +135,7 @@ class NativeRunner:
         ]
         arrays = [None if each is None else each.contiguous() for each in arrays]
         addresses = (None if each is None else each.data_ptr() for each in arrays)
-        now = _Steps(rows, steps, drawing, is_prompt, self._threads, *addresses)
+        now = _Steps(rows, steps, drawing, is_prompt, self.threads, *addresses)
         self._library.moescope_run(self._step, ctypes.byref(now))
         if not drawing:
             return None
