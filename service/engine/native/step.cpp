@@ -21,6 +21,9 @@
 #include <thread>
 #include <utility>
 #include <vector>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 namespace {
 
@@ -171,12 +174,21 @@ inline void pause() {
 #endif
 }
 
-// Changes of a number that another thread waits for. Who waits spins for some microseconds and then sleeps, because the
-// cores may be needed by others.
-void until_changed(const std::atomic<uint32_t> &value, uint32_t from) {
+inline int current_core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Who waits for another thread spins for some microseconds and then sleeps, because the cores may be needed by others:
+// after fewer, when the one that is waited for needs this very core, as is_in_the_way tells.
+template <typename Tell> void until_changed(const std::atomic<uint32_t> &value, uint32_t from, Tell is_in_the_way) {
   for (int spin = 0; spin < 2000; spin++) {
     if (value.load(std::memory_order_acquire) != from) return;
     pause();
+    if (spin == 100 && is_in_the_way()) break;
   }
   while (value.load(std::memory_order_acquire) == from) value.wait(from, std::memory_order_acquire);
 }
@@ -184,7 +196,7 @@ void until_changed(const std::atomic<uint32_t> &value, uint32_t from) {
 // Where a team waits until all of it have come.
 class Meeting {
 public:
-  void wait(uint32_t team) {
+  template <typename Tell> void wait(uint32_t team, Tell is_in_the_way) {
     if (team == 1) return;
     const uint32_t round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
@@ -193,7 +205,7 @@ public:
       round_.notify_all();
       return;
     }
-    until_changed(round_, round);
+    until_changed(round_, round, is_in_the_way);
   }
 
 private:
@@ -262,6 +274,7 @@ struct Layer {
 // What one thread needs for itself. Choices are counted row * K + k.
 struct Scratch {
   std::atomic<uint32_t> calls{0};
+  std::atomic<int> core{-2}; // that it ran on when it last met the others
   Array<float> normed, outer, scores, router_logits;
   std::vector<const float *> x;
   std::vector<float *> y;
@@ -381,7 +394,7 @@ private:
 
   void work(int t) {
     for (uint32_t seen = 0;; seen++) {
-      until_changed(scratch[t].calls, seen);
+      until_changed(scratch[t].calls, seen, [] { return false; });
       if (!job) return;
       walk(t);
     }
@@ -406,7 +419,13 @@ private:
 
   void meet(int t, Part part) {
     lap(t, part);
-    meeting.wait(job->team);
+    const int core = current_core(), team = job->team;
+    scratch[t].core.store(core, std::memory_order_relaxed);
+    meeting.wait(team, [&] {
+      int here = 0;
+      for (int other = 0; other < team; other++) here += scratch[other].core.load(std::memory_order_relaxed) == core;
+      return core >= 0 && here > 1;
+    });
     lap(t, MEETING);
   }
 
