@@ -174,13 +174,28 @@ inline void pause() {
 #endif
 }
 
-inline int current_core() {
+// The cores that a thread may run on, and the one that it runs on; nothing where that is not to be known.
+class Cores {
+public:
 #if defined(__linux__)
-  return sched_getcpu();
+  Cores() {
+    if (sched_getaffinity(0, sizeof all_, &all_)) CPU_ZERO(&all_);
+  }
+  static int current() { return sched_getcpu(); }
+  // Go elsewhere, if there is anywhere.
+  void leave(int core) const {
+    cpu_set_t rest = all_;
+    CPU_CLR(core, &rest);
+    if (CPU_COUNT(&rest)) sched_setaffinity(0, sizeof rest, &rest);
+  }
+
+private:
+  cpu_set_t all_;
 #else
-  return -1;
+  static int current() { return -1; }
+  void leave(int) const {}
 #endif
-}
+};
 
 // Who waits for another thread spins for some microseconds and then sleeps, because the cores may be needed by others:
 // after fewer, when the one that is waited for needs this very core, as is_in_the_way tells.
@@ -330,6 +345,7 @@ private:
   std::vector<Layer> layers;
   std::vector<double> frequencies;
 
+  const Cores cores;
   Meeting meeting;
   const Steps *job = nullptr;
   std::vector<Scratch> scratch;
@@ -417,15 +433,19 @@ private:
     looked = now;
   }
 
+  // Two threads of a team on one core wait for each other's turns, and look to the system as if they had little to do: it
+  // leaves them there. So the later one goes.
+  bool is_crowded(int t, int core) const {
+    const auto is_here = [&](const Scratch &other) { return other.core.load(std::memory_order_relaxed) == core; };
+    if (std::any_of(scratch.begin(), scratch.begin() + t, is_here)) cores.leave(core);
+    return std::count_if(scratch.begin(), scratch.begin() + job->team, is_here) > 1;
+  }
+
   void meet(int t, Part part) {
     lap(t, part);
-    const int core = current_core(), team = job->team;
+    const int core = Cores::current();
     scratch[t].core.store(core, std::memory_order_relaxed);
-    meeting.wait(team, [&] {
-      int here = 0;
-      for (int other = 0; other < team; other++) here += scratch[other].core.load(std::memory_order_relaxed) == core;
-      return core >= 0 && here > 1;
-    });
+    meeting.wait(job->team, [&] { return core >= 0 && is_crowded(t, core); });
     lap(t, MEETING);
   }
 
