@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import time
+import timeit
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +337,23 @@ def test_a_row_that_is_not_finite_says_so_and_leaves_its_neighbours_alone(step: 
     again = runner.run(batch_of(torch.tensor([3]), torch.tensor([2]), torch.tensor([0])), 4)
     assert again
     assert again.is_finite.all()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux tells a thread where to run")
+def test_two_threads_that_have_one_core_do_not_spin_for_each_other(native_step: ctypes.CDLL) -> None:
+    model, batch = checkpoint.load(SHIPPED).model, batch_of(torch.tensor([5]), torch.tensor([0]), torch.tensor([40]))
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        runners = [native(native_step, model, 1, threads) for threads in (1, 2)]  # their threads inherit the core
+        for runner in runners:
+            runner.run(batch, 16)
+        cpu_s = [
+            timeit.timeit(partial(runner.run, batch, 16), timer=time.process_time, number=30) for runner in runners
+        ]
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert cpu_s[1] < 6 * cpu_s[0]  # some 2; some 14 where both spin for as long as on cores of their own
 
 
 def test_what_it_cannot_compute_is_named(native_step: ctypes.CDLL) -> None:
