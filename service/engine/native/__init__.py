@@ -1,1 +1,1 @@
-"""The decode step in C++, compiled where it runs. Optional: without it, torch decodes."""
+"""The model's step in C++, compiled where it runs. Optional: without it, torch serves."""

@@ -435,17 +435,17 @@ private:
 
   // Two threads of a team on one core wait for each other's turns, and look to the system as if they had little to do: it
   // leaves them there. So the later one goes.
-  bool is_crowded(int t, int core) const {
+  bool is_crowded(int t, int core, int team) const {
     const auto is_here = [&](const Scratch &other) { return other.core.load(std::memory_order_relaxed) == core; };
     if (std::any_of(scratch.begin(), scratch.begin() + t, is_here)) cores.leave(core);
-    return std::count_if(scratch.begin(), scratch.begin() + job->team, is_here) > 1;
+    return std::count_if(scratch.begin(), scratch.begin() + team, is_here) > 1;
   }
 
   void meet(int t, Part part) {
     lap(t, part);
-    const int core = Cores::current();
+    const int core = Cores::current(), team = job->team; // read now: who comes last may take the job away
     scratch[t].core.store(core, std::memory_order_relaxed);
-    meeting.wait(job->team, [&] { return core >= 0 && is_crowded(t, core); });
+    meeting.wait(team, [&] { return core >= 0 && is_crowded(t, core, team); });
     lap(t, MEETING);
   }
 
