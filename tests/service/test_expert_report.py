@@ -1,4 +1,4 @@
-"""``GET /experts/report``: what the checkpoint's own report found of each expert, or nothing rather than what is wrong."""
+"""``GET /experts/report``: what the checkpoint's own report found of each expert, or nothing rather than a mistake."""
 
 from __future__ import annotations
 
