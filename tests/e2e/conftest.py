@@ -1,5 +1,6 @@
 """A browser with a real server's page in it. Knows how a page misbehaves: on its console, or by asking strangers."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
-from tests.checkpoints import tiny_checkpoint
+from service.expert_report import FILE
+from tests.checkpoints import tiny_checkpoint, tiny_report
 from tests.service.serving import Server
 
 
@@ -47,6 +49,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     server = Server(log, "--checkpoint", checkpoint, "--slots", 4, "--threads", 1)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def reported_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Its checkpoint has a report on every expert, and it writes long texts."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "reported")
+    (folder / FILE).write_text(json.dumps(tiny_report(folder)))
+    log = tmp_path_factory.mktemp("server") / "log"
+    server = Server(log, "--checkpoint", folder, "--slots", 4, "--threads", 1, "--max-new-tokens", 20_000)
     try:
         yield server.wait_until_ready()
     finally:

@@ -8,24 +8,13 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint import verify
 from service.expert_report import FILE
-from tests.checkpoints import tiny_checkpoint
+from tests.checkpoints import tiny_checkpoint, tiny_report
 from tests.service.conftest import StartServer
 from tests.service.serving import ROOT, Server
 
 NOTHING = {"favourites": None, "causal_map": None}
-COSTS = [[0.01 * layer - 0.003 * expert for expert in range(4)] for layer in range(3)]
-
-
-def report_of(folder: Path, **fields: Any) -> dict[str, Any]:
-    return {
-        "fingerprint": verify(folder).fingerprint,
-        "favourites": [[[{"token": "\n", "lift": 3.5, "taken": 1.0}]] * 4] * 3,
-        "causal_map": {"windows": 2, "baseline": 4.1, "cost": COSTS, "standard_error": [[None] * 4] * 3},
-        "samples": ["what else the report may tell"],
-        **fields,
-    }
+COSTS = [[0.1] * 4] * 3
 
 
 def told_by(start_server: StartServer, folder: Path, content: str | None) -> tuple[Server, Any]:
@@ -41,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_it_tells_what_the_report_says_of_the_experts(start_server: StartServer, folder: Path) -> None:
-    report = report_of(folder)
+    report = tiny_report(folder)
     _, told = told_by(start_server, folder, json.dumps(report))
     assert told == {name: report[name] for name in NOTHING}
 
@@ -67,7 +56,7 @@ def test_it_tells_nothing_without_a_report(start_server: StartServer, folder: Pa
 def test_a_report_that_cannot_be_right_is_left_out_and_logged(
     start_server: StartServer, folder: Path, change: dict[str, Any] | None, event: str
 ) -> None:
-    content = "{" if change is None else json.dumps(report_of(folder, **change))
+    content = "{" if change is None else json.dumps(tiny_report(folder, **change))
     server, told = told_by(start_server, folder, content)
     assert told == NOTHING
     assert event in server.log
