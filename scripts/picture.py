@@ -72,8 +72,16 @@ class Film:
     def write(self, target: Path) -> None:
         """Without loss: flat colours and letters come out smaller so, and sharp."""
         first, *others = self._frames
-        kind = {"lossless": True, "quality": 60, "minimize_size": True}
-        first.save(target, save_all=True, append_images=others, duration=self._times, loop=0, **kind)
+        first.save(
+            target,
+            save_all=True,
+            append_images=others,
+            duration=self._times,
+            loop=0,
+            lossless=True,
+            quality=60,
+            minimize_size=True,
+        )
 
 
 def _box(element: Locator) -> FloatRect:

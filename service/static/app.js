@@ -4,21 +4,21 @@ import { Card } from "./card.js";
 import { asCurl, asPython } from "./commands.js";
 import { Comparison } from "./comparison.js";
 import { byId, choice } from "./dom.js";
+import { Door } from "./door.js";
 import { Heatmap, nameOfExpert } from "./heatmap.js";
-import { heldKey, holdKey } from "./key.js";
-import { Reading, refusal } from "./reading.js";
+import { Reading } from "./reading.js";
 import { fetchFacts } from "./service.js";
 import { Settings } from "./settings.js";
 import { Speaker, Text } from "./text.js";
-
-const SERVER_WINDOW_S = 60;
-const SERVER_POLL_MS = 2000;
+import { Watch } from "./watch.js";
 
 const settings = new Settings(byId("form"));
 const silenced = new Set(); // "layer.expert"
 const speaker = new Speaker(byId("spoken"));
+const door = new Door(say);
+const watch = new Watch(() => heatmap.view === "server", showServer);
 let info = null;
-let hearKey = null; // goes on once the reader has given a key
+let serverTrouble = "";
 
 // What happens to a text
 
@@ -55,15 +55,16 @@ const page = {
 
   said() {
     const told = readings();
-    const { words, isTrouble } = told.find((each) => each.isTrouble) ?? told.find((each) => each.isRunning) ?? told.at(-1);
+    const first = told.find((each) => each.isTrouble) ?? told.find((each) => each.isRunning) ?? told.at(-1);
+    const isFull = whole.numTokens >= info.limits.max_new_tokens;
     byId("stop").disabled = !isBusy();
     byId("again").disabled = whole.body?.seed === undefined;
-    byId("more").disabled = isBusy() || !told.some((each) => each.canGoOn) || whole.numTokens >= info.limits.max_new_tokens;
-    say(words, isTrouble);
+    byId("more").disabled = isBusy() || isFull || !told.some((each) => each.canGoOn);
+    say(first.words, first.isTrouble);
   },
 
   locked(words) {
-    askForKey(words).then(readyInfo).then(() => lock(false, "Ready."));
+    door.askForKey(words).then(() => door.whenReady()).then(() => door.open());
   },
 };
 
@@ -84,19 +85,20 @@ const isComparing = () => without.body !== null;
 const readings = () => (isComparing() ? [whole, without] : [whole]);
 const isBusy = () => readings().some((reading) => reading.isRunning);
 const shown = () => readings().at(-1);
+const hasText = () => whole.body?.seed !== undefined && (whole.isRunning || whole.numTokens > 0);
 
 // What the reader does
 
 function generate(seed) {
   if (byId("generate").disabled || !byId("form").reportValidity()) return;
-  const drawn = seed || (silenced.size ? String(crypto.getRandomValues(new Uint32Array(1))[0]) : ""); // both need the same
   without.forget();
-  const body = settings.body(drawn);
+  const body = settings.body(seed || (silenced.size ? drawSeed() : "")); // two texts need the same
   if (silenced.size) writeWithout(body);
   else layOut();
   whole.write(body);
 }
 
+const drawSeed = () => String(crypto.getRandomValues(new Uint32Array(1))[0]);
 const stop = () => readings().forEach((reading) => reading.stop());
 
 /** Both texts go on to the same length, as if they had been asked for in it. */
@@ -117,16 +119,15 @@ function toggle(layer, expert) {
   silenced.delete(pair) || silenced.add(pair);
   applySilence();
   if (isComparing()) byId("whole-title").scrollIntoView({ block: "nearest" }); // on a phone it is far up
-  const { seed } = whole.body ?? {};
-  if (seed === undefined) say(silenced.size ? "Generate writes the text twice: with all experts, and without these." : "Ready.");
+  else if (!hasText()) say(silenced.size ? "Generate writes two texts: with all experts, and without these." : "Ready.");
 }
 
 function applySilence() {
   heatmap.showSilenced();
   byId("restore").hidden = !silenced.size;
-  const { body } = whole;
   without.forget();
-  if (silenced.size && body?.seed !== undefined) writeWithout(whole.isRunning ? body : { ...body, max_new_tokens: whole.numTokens || body.max_new_tokens });
+  const length = whole.isRunning ? whole.body.max_new_tokens : whole.numTokens;
+  if (silenced.size && hasText()) writeWithout({ ...whole.body, max_new_tokens: length });
   else showWhole();
   remember();
 }
@@ -155,7 +156,11 @@ function layOut() {
   tellWork();
 }
 
-const silencedPairs = () => [...silenced].map((pair) => pair.split(".").map(Number)).sort((a, b) => a[0] - b[0] || a[1] - b[1]);
+/** [layer, expert] of each, in order. */
+function silencedPairs() {
+  const pairs = [...silenced].map((pair) => pair.split(".").map(Number));
+  return pairs.sort((one, other) => one[0] - other[0] || one[1] - other[1]);
+}
 
 async function copy(command) {
   byId("command").textContent = command;
@@ -187,7 +192,7 @@ function chooseView(view) {
   byId(`view-${view}`).checked = true;
   heatmap.setView(view);
   tellWork();
-  watchServer();
+  watch.look();
 }
 
 // What the page tells
@@ -200,7 +205,7 @@ function say(words, isTrouble = false) {
 function showFigures() {
   const { firstAt, askedAt, numTokens, tokensPerS, body } = shown();
   byId("ttft").textContent = firstAt ? `${Math.round(firstAt - askedAt)} ms` : "–";
-  byId("rate").textContent = tokensPerS ? `${Math.round(tokensPerS).toLocaleString("en")} tokens/s` : "–";
+  byId("rate").textContent = tokensPerS ? `${Math.round(tokensPerS)} tokens/s` : "–";
   byId("count").textContent = numTokens ? `${numTokens} tokens` : "–";
   byId("used-seed").textContent = body?.seed ?? "–";
   tellWork();
@@ -222,15 +227,21 @@ function tellDifference() {
 }
 
 const WORK = {
-  text: () => (shown().numRouted ? `In percent, over all ${shown().numRouted} tokens read and written.` : "In percent, over the tokens written so far."),
+  text: () => `In percent, over ${shown().numRouted ? `all ${shown().numRouted} tokens read and written` : "the tokens written so far"}.`,
   server: () => "In percent, over all requests of the last minute.",
-  cost: () => "How much perplexity rises on the validation text without this one expert, in percent. Pale figures may be chance.",
+  cost: () => "Rise of perplexity on the validation text without this one expert, in percent. Pale figures may be chance.",
   likes: () => "The characters that each expert takes most beyond its share, on the validation text.",
 };
 
 function tellWork() {
   const words = heatmap.view === "server" && serverTrouble ? serverTrouble : WORK[heatmap.view]();
   if (byId("heat-note").textContent !== words) byId("heat-note").textContent = words;
+}
+
+function showServer(counts, trouble) {
+  serverTrouble = trouble;
+  if (counts) heatmap.setCounts("server", counts);
+  tellWork();
 }
 
 function describeExpert(words, isByKeyboard) {
@@ -250,84 +261,26 @@ function describe({ name, corpus, parameters, active_parameters, num_layers, num
     "its colour is the one with the larger weight. Point at a letter, or go there with the arrow keys, to see them all.";
 }
 
-// The server's own work, while somebody looks
-
-let serverTrouble = "";
-let watch = null;
-
-async function watchServer() {
-  clearTimeout(watch?.timer);
-  const mine = (watch = {});
-  if (heatmap.view !== "server" || document.hidden) return;
-  try {
-    const { layers } = await fetchFacts(`experts?window=${SERVER_WINDOW_S}`);
-    heatmap.setCounts("server", layers.map(({ prefill, decode }) => prefill.map((count, expert) => count + decode[expert])));
-    serverTrouble = layers.some(({ routed_tokens }) => routed_tokens) ? "" : "The server has done nothing in the last minute.";
-  } catch {
-    serverTrouble = "The server does not tell at the moment; asking again …";
-  }
-  tellWork();
-  if (mine === watch) mine.timer = setTimeout(watchServer, SERVER_POLL_MS);
-}
-
-// Coming and going
-
-const PHASES = {
-  loading: "The model is being loaded …",
-  warming: "The model is being warmed up …",
-  draining: "The service is shutting down.",
-  failed: "The model could not be loaded; the service’s log says why.",
-};
-
-/** Over when the reader has given a key; whether it is the right one, the next request tells. */
-async function askForKey(words) {
-  lock(true, words);
-  await new Promise((resolve) => (hearKey = resolve));
-  holdKey(byId("key").value);
-  byId("ask").reset();
-  say("Trying the key …");
-}
-
-/** The key's field takes the place of the buttons, and the focus if they had it; or the other way round. */
-function lock(isLocked, words) {
-  const [gone, focused] = isLocked ? ["actions", "key"] : ["lock", "generate"];
-  const hadFocus = byId(gone).contains(document.activeElement); // asked first: a disabled button may lose it at once
-  byId("generate").disabled = isLocked;
-  byId("lock").hidden = byId("actions").hidden = false;
-  if (hadFocus) byId(focused).focus();
-  byId(gone).hidden = true;
-  say(words, isLocked && heldKey() !== "");
-}
-
-async function readyInfo() {
-  for (;;) {
-    const told = await fetchFacts("info").catch(({ status }) => ({ phase: status === 401 ? "locked" : "silent" }));
-    if (told.phase === "ready") return told;
-    if (told.phase === "locked") {
-      await askForKey(refusal());
-      continue;
-    }
-    say(PHASES[told.phase] ?? "The service does not answer yet; trying again …", told.phase === "failed");
-    await new Promise((resolve) => setTimeout(resolve, 1000));
-  }
-}
+// Coming in
 
 const VIEWS = [["text", "This text"], ["server", "Server"], ["cost", "Cost"], ["likes", "Likes"]];
 
 async function setUp() {
-  info = await readyInfo();
+  info = await door.whenReady();
   const report = await fetchFacts("experts/report").catch(() => ({}));
   const known = { text: true, server: true, cost: report.causal_map, likes: report.favourites };
   describe(info.model);
-  const layers = [...Array(info.model.num_layers).keys()];
-  byId("layers").append(...layers.map((layer) => choice("layer", layer, layer, () => [chooseLayer(layer), remember()])));
-  const views = VIEWS.filter(([view]) => known[view]);
-  byId("views").append(...views.map(([view, words]) => choice("view", view, words, () => [chooseView(view), remember()])));
+  for (const layer of Array(info.model.num_layers).keys()) {
+    byId("layers").append(choice("layer", layer, layer, () => [chooseLayer(layer), remember()]));
+  }
+  for (const [view, words] of VIEWS.filter(([view]) => known[view])) {
+    byId("views").append(choice("view", view, words, () => [chooseView(view), remember()]));
+  }
   heatmap.build(info.model, report);
   settings.configure(info);
   document.body.classList.toggle("many", info.model.num_experts > 10); // numbers of two digits and more
   restore();
-  lock(false, "Ready.");
+  door.open();
 }
 
 function restore() {
@@ -336,10 +289,10 @@ function restore() {
   showNumbers();
   silenced.clear();
   pairs.forEach((pair) => silenced.add(pair));
-  heatmap.showSilenced();
-  byId("restore").hidden = !silenced.size;
-  without.forget();
-  layOut();
+  for (const reading of [whole, without]) reading.clear();
+  applySilence();
+  heatmap.clear();
+  say("Ready.");
   chooseLayer(byId(`layer-${layer}`) ? layer : 0);
   chooseView(byId(`view-${view}`) ? view : "text");
 }
@@ -351,7 +304,6 @@ function showNumbers() {
 byId("settings").open = matchMedia("(min-width: 100rem)").matches;
 byId("settings").addEventListener("invalid", () => (byId("settings").open = true), true);
 byId("form").addEventListener("submit", (event) => [event.preventDefault(), generate(byId("seed").value)]);
-byId("ask").addEventListener("submit", (event) => [event.preventDefault(), hearKey?.()]);
 byId("stop").addEventListener("click", stop);
 byId("more").addEventListener("click", goOn);
 byId("again").addEventListener("click", () => generate(String(whole.body.seed)));
@@ -369,6 +321,5 @@ for (const button of document.querySelectorAll(".starts button")) {
 document.addEventListener("keydown", ({ key }) => {
   if (key === "Escape") isBusy() ? stop() : cards.forEach((card) => card.close());
 });
-document.addEventListener("visibilitychange", watchServer);
 await setUp();
 addEventListener("hashchange", restore);

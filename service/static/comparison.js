@@ -4,11 +4,14 @@ import { percent } from "./dom.js";
 
 export class Comparison {
   constructor(original, other) {
-    Object.assign(this, { original, other });
+    Object.assign(this, { original, other, numCompared: 0 });
     this.begin();
   }
 
   begin() {
+    for (const { letter } of this.original.tokens.slice(0, this.numCompared)) {
+      for (const mark of ["differs", "fork"]) delete letter?.dataset[mark];
+    }
     Object.assign(this, { numCompared: 0, numDifferent: 0, forkedAt: -1 });
   }
 
@@ -29,7 +32,8 @@ export class Comparison {
   showFork() {
     for (const { tokens, container } of [this.original, this.other]) {
       const { letter } = tokens[Math.max(this.forkedAt, 0)] ?? {};
-      if (letter) container.scrollTop += letter.getBoundingClientRect().top - container.getBoundingClientRect().top - 80;
+      const [wanted, shown] = [letter, container].map((each) => each?.getBoundingClientRect().top);
+      if (letter) container.scrollTop += wanted - shown - 80;
     }
   }
 
@@ -37,9 +41,8 @@ export class Comparison {
     if (!this.numCompared) return "";
     if (this.forkedAt < 0) return `The two texts are the same, letter for letter, over ${this.numCompared} tokens.`;
     const after = this.numCompared - this.forkedAt;
-    const part = percent(this.numDifferent / after);
-    const start = this.forkedAt ? `The same for ${plural(this.forkedAt)}; of the ${after} from there on` : `Of ${after} tokens`;
-    return `${start}, ${part} differ (underlined).`;
+    const start = this.forkedAt ? `The same for ${plural(this.forkedAt)}; of the ${after} from there on` : `Of ${after}`;
+    return `${start}, ${percent(this.numDifferent / after)} differ (underlined).`;
   }
 }
 

@@ -1,4 +1,4 @@
-/** Layers by experts: one grid that shows a text's work, the server's, what silence costs, or what each expert likes. */
+/** Layers by experts, one grid for four views: a text's work, the server's, what silence costs, what each likes. */
 
 import { make, nameOf, percent, signOf, tint } from "./dom.js";
 
@@ -29,7 +29,8 @@ export class Heatmap {
     Object.assign(this, { report, places: new Map(), numExperts: num_experts });
     this.cells = Array.from({ length: num_layers }, (_, layer) => experts.map((expert) => this.#button(layer, expert)));
     this.percents = experts.map(() => make("span"));
-    this.entries = experts.map((expert) => make("li", { className: tint(expert) }, make("b", {}, expert), this.percents[expert]));
+    const entry = (expert) => make("li", { className: tint(expert) }, make("b", {}, expert), this.percents[expert]);
+    this.entries = experts.map(entry);
     this.rows = this.cells.map((cells, layer) => {
       const head = make("th", { scope: "row", title: `Show layer ${layer}` }, layer);
       return make("tr", {}, head, ...cells.map((cell) => make("td", {}, cell)));
@@ -87,8 +88,9 @@ export class Heatmap {
   costInWords(layer, expert) {
     const { cost, standard_error } = this.report.causal_map ?? {};
     if (!cost) return "";
-    if (isChance(cost[layer][expert], standard_error[layer][expert])) return "silencing it costs no more than chance would";
-    return `silencing it raises perplexity by ${rise(cost[layer][expert])}\u202f%`;
+    const isNoise = isChance(cost[layer][expert], standard_error[layer][expert]);
+    const found = `perplexity by ${rise(cost[layer][expert])}\u202f%`;
+    return isNoise ? `silencing it moves ${found}, which may be chance` : `silencing it raises ${found}`;
   }
 
   #button(layer, expert) {

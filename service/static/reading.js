@@ -36,6 +36,12 @@ export class Reading {
     Object.assign(this, { counts: null, numRouted: null, askedAt: 0, firstAt: 0, pace: null, tokensPerS: null });
   }
 
+  /** The same, seen. */
+  clear() {
+    this.forget();
+    this.text.begin("");
+  }
+
   write(body) {
     this.forget();
     this.place = { body, id: null, numTokens: 0 };
@@ -119,7 +125,7 @@ export class Reading {
 
   /** The connection was lost, and the next try is due in a moment. */
   #lose() {
-    Object.assign(this, { pace: null, tokensPerS: null }); // measured anew when tokens come again: a gap is not slow writing
+    Object.assign(this, { pace: null, tokensPerS: null }); // measured anew: a gap is not slow writing
     this.#draw();
     this.#say(`${this.#lossInWords()}; picking it up again …`, true);
   }

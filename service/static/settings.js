@@ -48,10 +48,14 @@ export class Settings {
     const query = new URLSearchParams(location.hash.slice(1));
     for (const name of ["prompt", "seed"]) this.set(name, query.get(name) ?? this.fields[name].defaultValue);
     for (const name of NUMBERS) this.set(name, query.get(name) ?? this.defaults[name]);
-    const { num_layers, num_experts } = this.model;
-    const pairs = (query.get("silenced") ?? "").split("_").filter((pair) => /^\d+\.\d+$/.test(pair));
-    const silenced = pairs.filter((pair) => pair.split(".").every((part, index) => part < [num_layers, num_experts][index]));
+    const silenced = (query.get("silenced") ?? "").split("_").filter((pair) => this.#isExpert(pair));
     return { silenced, layer: Number(query.get("layer")), numbers: query.get("numbers"), view: query.get("view") };
+  }
+
+  /** Whether "layer.expert" names one of this model's. */
+  #isExpert(pair) {
+    const [layer, expert] = pair.split(".").map(Number);
+    return /^\d+\.\d+$/.test(pair) && layer < this.model.num_layers && expert < this.model.num_experts;
   }
 
   #inputs(name) {

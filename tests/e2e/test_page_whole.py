@@ -233,8 +233,7 @@ def test_without_a_report_there_is_no_view_of_it(server: Server, open_page: Open
 
 def test_however_fast_tokens_come_letters_are_drawn_once_a_frame(server: Server, open_page: OpenPage) -> None:
     page = open_page(server, settings(max_new_tokens=3000)).page
-    body = {"max_new_tokens": 3000, "seed": 7, "return_routed_experts": True, "logprobs": 5}
-    stream = server.generate(**body).text
+    stream = server.generate(max_new_tokens=3000, seed=7, return_routed_experts=True, logprobs=5).text
     page.route("**/generate", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
     page.evaluate(
         """() => {

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Request, expect
 
 from tests.e2e.conftest import OpenPage
 from tests.e2e.reading import (
@@ -38,12 +38,26 @@ def expect_comparison(page: Page) -> None:
     expect_state(page, "Done.")
 
 
+def assert_marks(page: Page) -> list[bool]:
+    """Each place where the texts differ is marked in both, the first with a sign of its own, and no other."""
+    texts = [letters(page).all_text_contents(), letters_without(page).all_text_contents()]
+    differs = [one != other for one, other in zip(*texts, strict=True)]
+    for shown in (letters(page), letters_without(page)):
+        assert shown.evaluate_all("all => all.map(one => 'differs' in one.dataset)") == differs
+        forks = shown.evaluate_all("all => all.flatMap((one, index) => ('fork' in one.dataset ? [index] : []))")
+        assert forks == [differs.index(True)]
+    return differs
+
+
 def note_requests(page: Page) -> list[dict[str, Any]]:
     """The bodies that the page sends from now on."""
     bodies: list[dict[str, Any]] = []
-    page.on(
-        "request", lambda request: request.url.endswith("/generate") and bodies.append(json.loads(request.post_data))
-    )
+
+    def note(request: Request) -> None:
+        if request.url.endswith("/generate"):
+            bodies.append(json.loads(request.post_data or ""))
+
+    page.on("request", note)
     return bodies
 
 
@@ -82,13 +96,9 @@ def test_every_letter_that_differs_is_marked_and_the_verdict_counts_them(server:
     wait_until_done(page)
     cell(page, 2, 0).click()
     expect_comparison(page)
-    texts = [letters(page).all_text_contents(), letters_without(page).all_text_contents()]
-    differs = [one != other for one, other in zip(*texts, strict=True)]
-    fork = differs.index(True)
     choose_layer(page, 0)  # tints are made anew, marks stay
-    for shown in (letters(page), letters_without(page)):
-        assert shown.evaluate_all("all => all.map(one => 'differs' in one.dataset)") == differs
-        assert shown.evaluate_all("all => all.findIndex(one => 'fork' in one.dataset)") == fork
+    differs = assert_marks(page)
+    fork = differs.index(True)
     verdict = page.locator("#verdict").inner_text()
     after = len(differs) - fork
     numbers = list(map(int, re.findall(r"\d+", verdict)))
@@ -107,6 +117,7 @@ def test_more_experts_are_silenced_and_speak_again_while_the_whole_text_stays(
     for layer, expert in [(2, 3), (0, 1)]:
         cell(page, layer, expert).click()
         expect_comparison(page)
+        assert_marks(page)
     expect(page.locator("#without-title")).to_have_text("Without expert 1 of layer 0, expert 3 of layer 2")
     cell(page, 2, 3).click()
     expect_comparison(page)
@@ -118,6 +129,7 @@ def test_more_experts_are_silenced_and_speak_again_while_the_whole_text_stays(
     expect(page.locator("#text-without")).to_be_hidden()
     expect(page.locator("#verdict")).to_be_empty()
     expect(page.locator("#heat [aria-pressed=true]")).to_have_count(0)
+    expect(page.locator("[data-differs], [data-fork]")).to_have_count(0)
     assert "silenced" not in page.url
     assert written(page) == before
     assert len(bodies) == 4
@@ -141,7 +153,7 @@ def test_silenced_before_there_is_a_text_both_are_written_from_one_new_seed(
     expect_state(page, "Ready.")
     bodies = note_requests(page)
     cell(page, 0, 3).click()
-    expect_state(page, "Generate writes the text twice: with all experts, and without these.")
+    expect_state(page, "Generate writes two texts: with all experts, and without these.")
     generate(page)
     expect_comparison(page)
     assert sorted(body.get("disabled_experts", []) for body in bodies) == [[], [[0, 3]]]
@@ -235,3 +247,16 @@ def test_the_events_of_the_silenced_text_never_name_the_expert(server: Server, o
     tokens = [data for name, data in parse_events(answered.value.text().split("\n")) if name == "token"]
     assert len(tokens) == letters_without(page).count()
     assert all(1 not in token["routed_experts"][0] for token in tokens)
+
+
+def test_another_link_in_the_same_tab_is_a_page_of_its_own(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, settings(silenced="0.0")).page
+    generate(page)
+    expect_comparison(page)
+    page.evaluate(f"location.hash = '{settings(prompt='JULIET:', layer=1)}'")
+    expect(page.locator("#prompt")).to_have_value("JULIET:")
+    expect(page.locator("#text-without")).to_be_hidden()
+    expect(letters(page)).to_have_count(0)
+    choose_layer(page, 2)
+    assert "JULIET" in page.url
+    assert "silenced" not in page.url
