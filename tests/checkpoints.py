@@ -82,7 +82,7 @@ def tiny_report(folder: Path, **fields: Any) -> dict[str, Any]:
         for layer in layers
     ]
     costs = [[0.01 * (1 + layer) - 0.003 * expert for expert in experts] for layer in layers]
-    errors = [[0.001 if layer + expert & 1 else 0.1 for expert in experts] for layer in layers]
+    errors = [[(0.1 if layer + expert & 1 else 0.7) * costs[layer][expert] for expert in experts] for layer in layers]
     return {
         "fingerprint": verify(folder).fingerprint,
         "favourites": letters,

@@ -125,7 +125,7 @@ function toggle(layer, expert) {
 function applySilence() {
   heatmap.showSilenced();
   byId("restore").hidden = !silenced.size;
-  without.forget();
+  without.clear();
   const length = whole.isRunning ? whole.body.max_new_tokens : whole.numTokens;
   if (silenced.size && hasText()) writeWithout({ ...whole.body, max_new_tokens: length });
   else showWhole();
