@@ -24,9 +24,10 @@ export function tint(expert) {
 
 export const percent = (share) => `${Math.round(share * 100)}\u202f%`;
 
-const NAMES = { " ": "space", "\n": "line break", "": "part of a character" };
-const SIGNS = { " ": "\u2423", "\n": "\u21b5", "": "\u2026" };
+// Maps, since a token may be called constructor.
+const NAMES = new Map([[" ", "space"], ["\n", "line break"], ["", "part of a character"]]);
+const SIGNS = new Map([[" ", "\u2423"], ["\n", "\u21b5"], ["", "\u2026"]]);
 
 /** A token in words, and in as little room as it takes. */
-export const nameOf = (text) => NAMES[text] ?? `“${text}”`;
-export const signOf = (text) => SIGNS[text] ?? text;
+export const nameOf = (text) => NAMES.get(text) ?? `“${text}”`;
+export const signOf = (text) => SIGNS.get(text) ?? text;
