@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,10 @@ def tiny_report(folder: Path, **fields: Any) -> dict[str, Any]:
         "samples": ["what else the report may tell"],
         **fields,
     }
+
+
+def reported_checkpoint(folder: Path) -> Path:
+    """The tiny checkpoint with a report beside it."""
+    tiny_checkpoint(folder)
+    (folder / "report.json").write_text(json.dumps(tiny_report(folder)))
+    return folder

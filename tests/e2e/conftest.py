@@ -1,6 +1,5 @@
 """A browser with a real server's page in it. Knows how a page misbehaves: on its console, or by asking strangers."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,8 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
-from service.expert_report import FILE
-from tests.checkpoints import tiny_checkpoint, tiny_report
+from tests import checkpoints
+from tests.checkpoints import tiny_checkpoint
 from tests.service.serving import Server
 
 
@@ -58,8 +57,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="session")
 def reported_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Its checkpoint has a report on every expert, and it writes long texts."""
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "reported")
-    (folder / FILE).write_text(json.dumps(tiny_report(folder)))
+    folder = checkpoints.reported_checkpoint(tmp_path_factory.mktemp("checkpoints") / "reported")
     log = tmp_path_factory.mktemp("server") / "log"
     server = Server(log, "--checkpoint", folder, "--slots", 4, "--threads", 1, "--max-new-tokens", 20_000)
     try:
