@@ -59,7 +59,7 @@ def reported_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
     """Its checkpoint has a report on every expert, and it writes long texts."""
     folder = checkpoints.reported_checkpoint(tmp_path_factory.mktemp("checkpoints") / "reported")
     log = tmp_path_factory.mktemp("server") / "log"
-    server = Server(log, "--checkpoint", folder, "--slots", 4, "--threads", 1, "--max-new-tokens", 20_000)
+    server = Server(log, "--checkpoint", folder, "--slots", 4, "--threads", 1, "--max-new-tokens", 200_000)
     try:
         yield server.wait_until_ready()
     finally:

@@ -56,7 +56,7 @@ def test_axe_finds_what_is_wrong_when_something_is(reported_server: Server, open
 
 
 def test_no_motion_for_a_reader_who_wants_none(reported_server: Server, open_page: OpenPage) -> None:
-    page = open_page(reported_server, settings(max_new_tokens=20_000)).page
+    page = open_page(reported_server, settings(max_new_tokens=200_000)).page
     page.emulate_media(reduced_motion="reduce")
     generate(page)
     expect_state(page, "Writing …")

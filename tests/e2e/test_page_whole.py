@@ -27,7 +27,7 @@ from tests.e2e.reading import (
 from tests.service.serving import PATIENCE_S, Server
 
 KEY = "the-4pple-is-red"
-LONG = 20_000
+LONG = 200_000
 
 
 @pytest.fixture

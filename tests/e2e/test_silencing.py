@@ -21,7 +21,7 @@ from tests.e2e.reading import (
 )
 from tests.service.serving import Server, parse_events
 
-LONG = 20_000  # for a text that is still being written when the test acts, on any machine
+LONG = 200_000  # for a text that is still being written when the test acts, on any machine
 
 
 def cell(page: Page, layer: int, expert: int) -> Locator:
