@@ -19,6 +19,7 @@ const door = new Door(say);
 const watch = new Watch(() => heatmap.view === "server", showServer);
 let info = null;
 let serverTrouble = "";
+let pointedAt; // the expert that is described, as [layer, expert]
 
 // What happens to a text
 
@@ -51,6 +52,7 @@ const page = {
   ended(reading) {
     if (reading === shown()) speaker.finish();
     if (isComparing() && !isBusy()) tellDifference();
+    describeExpert(pointedAt);
   },
 
   said() {
@@ -129,6 +131,7 @@ function applySilence() {
   const length = whole.isRunning ? whole.body.max_new_tokens : whole.numTokens;
   if (silenced.size && hasText()) writeWithout({ ...whole.body, max_new_tokens: length });
   else showWhole();
+  describeExpert(pointedAt);
   remember();
 }
 
@@ -244,7 +247,10 @@ function showServer(counts, trouble) {
   tellWork();
 }
 
-function describeExpert(words, isByKeyboard) {
+/** What is known of the expert at [layer, expert], which the reader points at. */
+function describeExpert(place, isByKeyboard = false) {
+  pointedAt = place;
+  const words = place ? heatmap.describe(...place) : "";
   byId("expert").textContent = words || byId("expert").dataset.hint;
   if (isByKeyboard) byId("told").textContent = words;
 }

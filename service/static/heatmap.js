@@ -8,7 +8,7 @@ const MANY = 10; // experts past which a cell has no room for words
 export const nameOfExpert = ([layer, expert]) => `expert ${expert} of layer ${layer}`;
 
 export class Heatmap {
-  /** silenced has pairs as "layer.expert"; onDescribe is told of a cell in words, and whether by the keyboard. */
+  /** silenced has pairs as "layer.expert"; onDescribe is told what the reader points at, and whether by the keyboard. */
   constructor({ table, legend, silenced, onPick, onSilence, onDescribe }) {
     Object.assign(this, { table, legend, silenced, onDescribe, layer: 0, view: "text", shares: {}, report: {} });
     const at = ({ target }) => this.places.get(target.closest("button"));
@@ -19,9 +19,9 @@ export class Heatmap {
     });
     table.addEventListener("keydown", (event) => this.#step(event, at(event)));
     table.addEventListener("focusin", (event) => at(event) && this.#enter(at(event)));
-    table.addEventListener("pointerover", (event) => onDescribe(at(event) ? this.describe(...at(event)) : "", false));
-    table.addEventListener("pointerleave", () => onDescribe("", false));
-    table.addEventListener("focusout", () => onDescribe("", false));
+    table.addEventListener("pointerover", (event) => onDescribe(at(event), false));
+    table.addEventListener("pointerleave", () => onDescribe(undefined, false));
+    table.addEventListener("focusout", () => onDescribe(undefined, false));
   }
 
   build({ num_layers, num_experts }, report) {
@@ -141,7 +141,7 @@ export class Heatmap {
   #enter([layer, expert]) {
     for (const cell of this.places.keys()) if (cell.tabIndex === 0) cell.tabIndex = -1;
     this.cells[layer][expert].tabIndex = 0;
-    this.onDescribe(this.describe(layer, expert), true);
+    this.onDescribe([layer, expert], true);
   }
 
   #step(event, place) {

@@ -88,6 +88,7 @@ def test_a_click_writes_the_same_seed_without_the_expert_beside_the_text(server:
     assert "2" not in letters_without(page).evaluate_all("all => all.map(one => one.dataset.expert)")
     assert "2" in letters(page).evaluate_all("all => all.map(one => one.dataset.expert)")
     expect(cell(page, 1, 2)).to_have_text("")
+    expect(page.locator("#expert")).to_contain_text("Expert 2 of layer 1, silenced: 0\u202f% of this text’s work")
 
 
 def test_every_letter_that_differs_is_marked_and_the_verdict_counts_them(server: Server, open_page: OpenPage) -> None:
