@@ -8,6 +8,7 @@ from pathlib import Path
 from model.checkpoint import MANIFEST, Manifest, read_baseline, read_config, read_record, read_tokenizer, verify
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
+from service.expert_report import ExpertReport, read_report
 from service.schemas import ModelInfo
 
 FINGERPRINT_DIGITS = 12
@@ -21,6 +22,7 @@ class ModelCard:
     validation_loss: float | None
     corpus: str | None
     routing_baseline: list[list[float]] | None
+    expert_report: ExpertReport
 
     @classmethod
     def read(cls, folder: Path) -> ModelCard:
@@ -29,7 +31,8 @@ class ModelCard:
         record = read_record(folder)
         config, tokenizer, corpus = read_config(folder), read_tokenizer(folder), record["corpus"]["name"]
         baseline = read_baseline(folder, config)
-        return cls(manifest, config, tokenizer, record.get("validation_loss"), corpus, baseline)
+        report = read_report(manifest, config)
+        return cls(manifest, config, tokenizer, record.get("validation_loss"), corpus, baseline, report)
 
     @property
     def fingerprint(self) -> str:

@@ -15,6 +15,7 @@ from service.card import ModelCard
 from service.engine.thread import EnginePhase, EngineThread
 from service.errors import ApiError
 from service.exchange import refresh_figures
+from service.expert_report import ExpertReport
 from service.expert_window import LONGEST_S, ExpertWindow
 from service.metrics import Metrics, expert_detail
 from service.reference import EVENTS, GENERATING, LAST_EVENT_ID, TEXT, WINDOW, answers, describe_body
@@ -133,6 +134,13 @@ class Routes:
             responses=answers(401, 421, 422),
             openapi_extra={"parameters": [WINDOW]},
         )
+        router.add_api_route(
+            "/experts/report",
+            self.expert_report,
+            methods=["GET"],
+            response_model=ExpertReport,
+            responses=answers(401, 421),
+        )
         probe = answers(503, shape=NotReady)
         router.add_api_route("/livez", self.livez, methods=["GET"], response_model=Health, responses=probe)
         router.add_api_route("/readyz", self.readyz, methods=["GET"], response_model=Health, responses=probe)
@@ -192,6 +200,10 @@ class Routes:
         await refresh_figures(self._engine)
         load = self._window.load(self._engine.last_figures, seconds)
         return Experts.of(load, self._card.config.experts_per_token, self._window.baseline)
+
+    async def expert_report(self) -> ExpertReport:
+        """What each expert likes and what silencing it costs, as the checkpoint's own report has it."""
+        return self._card.expert_report
 
     async def livez(self, request: Request) -> Response:
         """200 while the process does its work; 503 once only a restart helps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from model import checkpoint
+from model.checkpoint import verify
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -66,4 +68,33 @@ def tiny_checkpoint(folder: Path, seed: int = 0, tokenizer: Tokenizer | None = N
     if tokenizer:
         overrides["vocab_size"] = tokenizer.vocab_size
     checkpoint.save(folder, tiny_files(tiny_model(seed, **overrides), tokenizer))
+    return folder
+
+
+def tiny_report(folder: Path, **fields: Any) -> dict[str, Any]:
+    """What `report.json` might say of the tiny checkpoint in a folder: every expert likes another pair of letters, the
+    last layer's first expert is the dearest, and half of the costs may be chance."""
+    layers, experts = range(TINY["num_layers"]), range(TINY["num_experts"])
+    letters = [
+        [
+            [{"token": token, "lift": 3.5, "taken": 1.0} for token in (CHARACTERS[4 * layer + expert], " ")]
+            for expert in experts
+        ]
+        for layer in layers
+    ]
+    costs = [[0.01 * (1 + layer) - 0.003 * expert for expert in experts] for layer in layers]
+    errors = [[(0.1 if layer + expert & 1 else 0.7) * costs[layer][expert] for expert in experts] for layer in layers]
+    return {
+        "fingerprint": verify(folder).fingerprint,
+        "favourites": letters,
+        "causal_map": {"windows": 2, "baseline": 4.1, "cost": costs, "standard_error": errors},
+        "samples": ["what else the report may tell"],
+        **fields,
+    }
+
+
+def reported_checkpoint(folder: Path) -> Path:
+    """The tiny checkpoint with a report beside it."""
+    tiny_checkpoint(folder)
+    (folder / "report.json").write_text(json.dumps(tiny_report(folder)))
     return folder

@@ -1,131 +1,218 @@
-/** The page: wires the parts together and lives one request at a time. */
+/** The page: wires the parts together. One text, or two from one seed when experts are silenced. */
 
 import { Card } from "./card.js";
-import { byId, make } from "./dom.js";
-import { Heatmap } from "./heatmap.js";
-import { heldKey, holdKey } from "./key.js";
-import { asCurl, fetchInfo, Trouble } from "./service.js";
+import { asCurl, asPython } from "./commands.js";
+import { Comparison } from "./comparison.js";
+import { byId, choice } from "./dom.js";
+import { Door } from "./door.js";
+import { Heatmap, nameOfExpert } from "./heatmap.js";
+import { Reading } from "./reading.js";
+import { fetchFacts } from "./service.js";
 import { Settings } from "./settings.js";
-import { survivingStream } from "./stream.js";
 import { Speaker, Text } from "./text.js";
+import { Watch } from "./watch.js";
 
 const settings = new Settings(byId("form"));
-const text = new Text(byId("text"));
-const heatmap = new Heatmap(byId("heat"), byId("legend"));
-const card = new Card(byId("card"), byId("told"), text);
+const silenced = new Set(); // "layer.expert"
 const speaker = new Speaker(byId("spoken"));
-let current = null; // the request being read, if any
-let lastSeed = "";
-let hearKey = null; // goes on once the reader has given a key
+const door = new Door(say);
+const watch = new Watch(() => heatmap.view === "server", showServer);
+let info = null;
+let serverTrouble = "";
+let pointedAt; // the expert that is described, as [layer, expert]
 
-// One request
+// What happens to a text
 
-async function generate(seed) {
-  if (byId("generate").disabled || !byId("form").reportValidity()) return;
-  stop();
-  const request = { controller: new AbortController(), body: settings.body(seed), askedAt: performance.now() };
-  begin(request);
-  try {
-    for await (const { name, data } of survivingStream(request.body, request.controller.signal, () => wait(request))) {
-      if (current === request) on[name]?.(request, data);
-      if (current !== request) return;
-    }
-  } catch (error) {
-    if (current !== request) return;
-    end(inWords(error), true);
-    if (error.status === 401) askForKey(inWords(error)).then(readyInfo).then(() => lock(false, "Ready."));
-  }
-}
+const page = {
+  began(reading) {
+    comparison.begin();
+    if (reading !== shown()) return;
+    speaker.begin();
+    heatmap.clear();
+    byId("folded").hidden = true;
+    showFigures();
+  },
 
-const on = {
-  start(request, { seed, prompt_used = request.body.prompt }) {
-    lastSeed = String(seed);
-    byId("used-seed").textContent = lastSeed;
-    byId("again").disabled = false;
-    text.begin(prompt_used);
-    tellFolding(request.body.prompt, prompt_used);
+  started(reading, used) {
+    tellFolding(reading.body.prompt, used);
     remember();
   },
 
-  token(request, token) {
-    request.firstAt ??= performance.now();
-    request.pace ??= { index: token.index, at: performance.now() };
-    text.tokens.push(token);
-    heatmap.add(token);
-    speaker.hear(token.text);
-    request.frame ??= requestAnimationFrame(() => draw(request));
-    say("Writing …");
+  wrote(reading, { text }) {
+    if (reading === shown()) speaker.hear(text);
   },
 
-  done(request, { finish_reason, timings, routing }) {
-    const isLate = finish_reason === "timeout";
-    end(isLate ? "The time for this request was over; the text ends here." : "Done.", isLate);
-    heatmap.show(routing.counts);
-    byId("heat-note").textContent = `In percent, over all ${routing.tokens} tokens read and written.`;
-    if (timings.tokens_per_s) tellSpeed(timings.tokens_per_s);
+  drew(reading) {
+    if (isComparing()) comparison.follow();
+    if (reading !== shown()) return;
+    showFigures();
+    if (reading.counts) heatmap.setCounts("text", reading.counts);
   },
 
-  error(request, { error }) {
-    end(`${new Trouble(error.message).message} The text ends here.`, true);
+  ended(reading) {
+    if (reading === shown()) speaker.finish();
+    if (isComparing() && !isBusy()) tellDifference();
+    describeExpert(pointedAt);
+  },
+
+  said() {
+    const told = readings();
+    const first = told.find((each) => each.isTrouble) ?? told.find((each) => each.isRunning) ?? told.at(-1);
+    const isFull = whole.numTokens >= info.limits.max_new_tokens;
+    byId("stop").disabled = !isBusy();
+    byId("again").disabled = whole.body?.seed === undefined;
+    byId("more").disabled = isBusy() || isFull || !told.some((each) => each.canGoOn);
+    say(first.words, first.isTrouble);
+  },
+
+  locked(words) {
+    door.askForKey(words).then(() => door.whenReady()).then(() => door.open());
   },
 };
 
-function begin(request) {
-  current = request;
-  card.close();
-  text.begin(request.body.prompt);
-  heatmap.begin();
-  speaker.begin();
-  for (const id of ["ttft", "rate", "count", "used-seed"]) byId(id).textContent = "–";
-  byId("heat-note").textContent = "In percent, over the tokens written so far.";
-  byId("folded").hidden = true;
-  byId("stop").disabled = false;
-  byId("text").classList.add("writing");
-  say("Waiting for the first token …");
+const whole = new Reading(new Text(byId("text")), page);
+const without = new Reading(new Text(byId("text-without")), page);
+const comparison = new Comparison(whole.text, without.text);
+const cards = [whole, without].map(({ text }) => new Card(byId("card"), byId("told"), text));
+const heatmap = new Heatmap({
+  table: byId("heat"),
+  legend: byId("legend"),
+  silenced,
+  onPick: (layer) => [chooseLayer(layer), remember()],
+  onSilence: (layer, expert) => toggle(layer, expert),
+  onDescribe: describeExpert,
+});
+
+const isComparing = () => without.body !== null;
+const readings = () => (isComparing() ? [whole, without] : [whole]);
+const isBusy = () => readings().some((reading) => reading.isRunning);
+const shown = () => readings().at(-1);
+const hasText = () => whole.body?.seed !== undefined && (whole.isRunning || whole.numTokens > 0);
+
+// What the reader does
+
+function generate(seed) {
+  if (byId("generate").disabled || !byId("form").reportValidity()) return;
+  without.forget();
+  const body = settings.body(seed || (silenced.size ? drawSeed() : "")); // two texts need the same
+  if (silenced.size) writeWithout(body);
+  else layOut();
+  whole.write(body);
 }
 
-/** Once a frame while tokens come: all that arrived meanwhile is shown together. */
-function draw(request) {
-  request.frame = null;
-  if (current !== request || !request.firstAt) return;
-  text.show();
-  heatmap.show();
-  byId("ttft").textContent = `${Math.round(request.firstAt - request.askedAt)} ms`;
-  byId("count").textContent = `${text.tokens.length} tokens`;
-  const { index, at } = request.pace ?? {};
-  const seconds = (performance.now() - at) / 1000;
-  if (seconds > 0.2) tellSpeed((text.tokens.length - 1 - index) / seconds);
+const drawSeed = () => String(crypto.getRandomValues(new Uint32Array(1))[0]);
+const stop = () => readings().forEach((reading) => reading.stop());
+
+/** Both texts go on to the same length, as if they had been asked for in it. */
+function goOn() {
+  const length = Math.min(whole.numTokens + byId("max_new_tokens").valueAsNumber, info.limits.max_new_tokens);
+  for (const reading of readings()) if (reading.canGoOn && reading.numTokens < length) reading.goOn(length);
+  remember();
 }
 
-/** The connection was lost, and the next try is due in a moment. */
-function wait(request) {
-  request.pace = null; // the speed is measured anew when tokens come again: a gap is not slow writing
-  byId("rate").textContent = "–";
-  say(`${lossInWords()}; picking it up again …`, true);
+/** Silences an expert or lets it speak again, and writes the text that is shown once more, from its seed. */
+function toggle(layer, expert) {
+  const pair = `${layer}.${expert}`;
+  const numLeft = info.model.num_experts - [...silenced].filter((each) => each.startsWith(`${layer}.`)).length;
+  if (!silenced.has(pair) && numLeft <= info.model.experts_per_token) {
+    say(`Layer ${layer} cannot do with fewer than ${info.model.experts_per_token} experts.`, true);
+    return;
+  }
+  silenced.delete(pair) || silenced.add(pair);
+  applySilence();
+  if (isComparing()) byId("whole-title").scrollIntoView({ block: "nearest" }); // on a phone it is far up
+  else if (!hasText()) say(silenced.size ? "Generate writes two texts: with all experts, and without these." : "Ready.");
 }
 
-function end(words, isTrouble = false) {
-  draw(current);
-  current = null;
-  speaker.finish();
-  byId("stop").disabled = true;
-  byId("text").classList.remove("writing");
-  say(words, isTrouble);
+function applySilence() {
+  heatmap.showSilenced();
+  byId("restore").hidden = !silenced.size;
+  without.clear();
+  const length = whole.isRunning ? whole.body.max_new_tokens : whole.numTokens;
+  if (silenced.size && hasText()) writeWithout({ ...whole.body, max_new_tokens: length });
+  else showWhole();
+  describeExpert(pointedAt);
+  remember();
 }
 
-function stop() {
-  if (!current) return;
-  current.controller.abort();
-  end(`Stopped after ${text.tokens.length} tokens.`);
+function writeWithout(body) {
+  const pairs = silencedPairs();
+  without.write({ ...body, disabled_experts: pairs });
+  byId("without-title").textContent = `Without ${pairs.map(nameOfExpert).join(", ")}`;
+  layOut();
 }
 
-function inWords(error) {
-  const known = error.status === 401 ? refusal() : error instanceof Trouble && error.message;
-  const reason = known || "The service cannot be reached. Is it running?";
-  return text.tokens.length ? `${lossInWords()}. ${reason} What arrived is kept.` : reason;
+/** One text again, which was there all the time. */
+function showWhole() {
+  layOut();
+  comparison.begin();
+  showFigures();
+  if (whole.counts) heatmap.setCounts("text", whole.counts);
+  if (whole.body) page.said();
 }
 
-const lossInWords = () => `The connection was lost after ${text.tokens.length} tokens`;
+function layOut() {
+  document.body.classList.toggle("comparing", isComparing());
+  byId("without").hidden = byId("whole-title").hidden = !isComparing();
+  byId("verdict").textContent = "";
+  cards.forEach((card) => card.close());
+  tellWork();
+}
+
+/** [layer, expert] of each, in order. */
+function silencedPairs() {
+  const pairs = [...silenced].map((pair) => pair.split(".").map(Number));
+  return pairs.sort((one, other) => one[0] - other[0] || one[1] - other[1]);
+}
+
+async function copy(command) {
+  byId("command").textContent = command;
+  byId("command").hidden = false;
+  const isCopied = await navigator.clipboard?.writeText(command).then(() => true, () => false);
+  say(isCopied ? "Copied." : "Select what stands below the text to copy it.");
+}
+
+/** The body of the text that is shown, or of the one that Generate would write. */
+const shownBody = () => shown().body ?? settings.body(byId("seed").value, silencedPairs());
+
+/** The link makes the text shown. */
+function remember() {
+  const view = { layer: whole.text.layer };
+  if (silenced.size) view.silenced = silencedPairs().map((pair) => pair.join(".")).join("_");
+  if (byId("numbers").checked) view.numbers = "on";
+  if (heatmap.view !== "text") view.view = heatmap.view;
+  settings.toAddress(whole.body ?? settings.body(byId("seed").value), view);
+}
+
+function chooseLayer(layer) {
+  byId(`layer-${layer}`).checked = true;
+  cards.forEach((card) => card.close());
+  for (const { text } of [whole, without]) text.setLayer(layer);
+  heatmap.setLayer(layer);
+}
+
+function chooseView(view) {
+  byId(`view-${view}`).checked = true;
+  heatmap.setView(view);
+  tellWork();
+  watch.look();
+}
+
+// What the page tells
+
+function say(words, isTrouble = false) {
+  if (byId("state").textContent !== words) byId("state").textContent = words;
+  byId("state").classList.toggle("bad", isTrouble);
+}
+
+function showFigures() {
+  const { firstAt, askedAt, numTokens, tokensPerS, body } = shown();
+  byId("ttft").textContent = firstAt ? `${Math.round(firstAt - askedAt)} ms` : "–";
+  byId("rate").textContent = tokensPerS ? `${Math.round(tokensPerS)} tokens/s` : "–";
+  byId("count").textContent = numTokens ? `${numTokens} tokens` : "–";
+  byId("used-seed").textContent = body?.seed ?? "–";
+  tellWork();
+}
 
 function tellFolding(prompt, used) {
   const foreign = [...new Set(prompt)].filter((character) => !used.includes(character));
@@ -133,31 +220,39 @@ function tellFolding(prompt, used) {
   byId("folded").textContent = `Not in the model’s alphabet: ${foreign.slice(0, 10).join(" ")}. It read: ${used || "(nothing)"}`;
 }
 
-function tellSpeed(tokensPerSecond) {
-  byId("rate").textContent = `${Math.round(tokensPerSecond)} tokens/s`;
+/** In one sentence: how far the texts agree, and what the causal map says of the silenced experts. */
+function tellDifference() {
+  const costs = silencedPairs().map(([layer, expert]) => heatmap.costInWords(layer, expert));
+  const measured = costs.length === 1 && costs[0] ? ` On the validation text, ${costs[0]}.` : "";
+  byId("verdict").textContent = comparison.inWords() + measured;
+  byId("told").textContent = byId("verdict").textContent;
+  comparison.showFork();
 }
 
-function say(words, isTrouble = false) {
-  if (byId("state").textContent !== words) byId("state").textContent = words;
-  byId("state").classList.toggle("bad", isTrouble);
+const WORK = {
+  text: () => `In percent, over ${shown().numRouted ? `all ${shown().numRouted} tokens read and written` : "the tokens written so far"}.`,
+  server: () => "In percent, over all requests of the last minute.",
+  cost: () => "Rise of perplexity on the validation text without this one expert, in percent. Pale figures may be chance.",
+  likes: () => "The characters that each expert takes most beyond its share, on the validation text.",
+};
+
+function tellWork() {
+  const words = heatmap.view === "server" && serverTrouble ? serverTrouble : WORK[heatmap.view]();
+  if (byId("heat-note").textContent !== words) byId("heat-note").textContent = words;
 }
 
-// The page around it
-
-const chosenSeed = () => byId("seed").value;
-const remember = () => settings.toAddress(lastSeed || chosenSeed(), text.layer); // the link makes the text shown
-
-function chooseLayer(layer) {
-  byId(`layer-${layer}`).checked = true;
-  card.close();
-  text.setLayer(layer);
-  heatmap.setLayer(layer);
+function showServer(counts, trouble) {
+  serverTrouble = trouble;
+  if (counts) heatmap.setCounts("server", counts);
+  tellWork();
 }
 
-function layerChoice(layer) {
-  const input = make("input", { type: "radio", name: "layer", id: `layer-${layer}` });
-  input.addEventListener("change", () => [chooseLayer(layer), remember()]);
-  return make("label", { className: "choice" }, input, make("span", {}, layer));
+/** What is known of the expert at [layer, expert], which the reader points at. */
+function describeExpert(place, isByKeyboard = false) {
+  pointedAt = place;
+  const words = place ? heatmap.describe(...place) : "";
+  byId("expert").textContent = words || byId("expert").dataset.hint;
+  if (isByKeyboard) byId("told").textContent = words;
 }
 
 function describe({ name, corpus, parameters, active_parameters, num_layers, num_experts, experts_per_token }) {
@@ -172,85 +267,57 @@ function describe({ name, corpus, parameters, active_parameters, num_layers, num
     "its colour is the one with the larger weight. Point at a letter, or go there with the arrow keys, to see them all.";
 }
 
-function setUp(info) {
+// Coming in
+
+const VIEWS = [["text", "This text"], ["server", "Server"], ["cost", "Cost"], ["likes", "Likes"]];
+
+async function setUp() {
+  info = await door.whenReady();
+  const report = await fetchFacts("experts/report").catch(() => ({}));
+  const known = { text: true, server: true, cost: report.causal_map, likes: report.favourites };
   describe(info.model);
-  byId("layers").append(...[...Array(info.model.num_layers).keys()].map(layerChoice));
-  heatmap.build(info.model);
+  for (const layer of Array(info.model.num_layers).keys()) {
+    byId("layers").append(choice("layer", layer, layer, () => [chooseLayer(layer), remember()]));
+  }
+  for (const [view, words] of VIEWS.filter(([view]) => known[view])) {
+    byId("views").append(choice("view", view, words, () => [chooseView(view), remember()]));
+  }
+  heatmap.build(info.model, report);
   settings.configure(info);
-  restore();
-  if (info.model.num_experts > 8) byId("numbers").click(); // tints repeat then
   document.body.classList.toggle("many", info.model.num_experts > 10); // numbers of two digits and more
-  lock(false, "Ready.");
+  restore();
+  door.open();
 }
 
 function restore() {
-  const layer = settings.fromAddress();
-  lastSeed = chosenSeed();
+  const { layer, silenced: pairs, numbers, view } = settings.fromAddress();
+  byId("numbers").checked = numbers === "on" || info.model.num_experts > 8; // tints repeat then
+  showNumbers();
+  silenced.clear();
+  pairs.forEach((pair) => silenced.add(pair));
+  for (const reading of [whole, without]) reading.clear();
+  applySilence();
+  heatmap.clear();
+  say("Ready.");
   chooseLayer(byId(`layer-${layer}`) ? layer : 0);
+  chooseView(byId(`view-${view}`) ? view : "text");
 }
 
-async function copyCurl() {
-  const command = asCurl(settings.body(chosenSeed() || lastSeed));
-  byId("command").textContent = command;
-  byId("command").hidden = false;
-  const isCopied = await navigator.clipboard?.writeText(command).then(() => true, () => false);
-  say(isCopied ? "Copied." : "Select the command below to copy it.");
+function showNumbers() {
+  for (const { text } of [whole, without]) text.container.classList.toggle("numbered", byId("numbers").checked);
 }
 
-const PHASES = {
-  loading: "The model is being loaded …",
-  warming: "The model is being warmed up …",
-  draining: "The service is shutting down.",
-  failed: "The model could not be loaded; the service’s log says why.",
-};
-
-const refusal = () => (heldKey() ? "The server refuses this key." : "This server needs a key.");
-
-/** Over when the reader has given a key; whether it is the right one, the next request tells. */
-async function askForKey(words) {
-  lock(true, words);
-  await new Promise((resolve) => (hearKey = resolve));
-  holdKey(byId("key").value);
-  byId("ask").reset();
-  say("Trying the key …");
-}
-
-/** The key's field takes the place of the buttons, and the focus if they had it; or the other way round. */
-function lock(isLocked, words) {
-  const [gone, focused] = isLocked ? ["actions", "key"] : ["lock", "generate"];
-  const hadFocus = byId(gone).contains(document.activeElement); // asked first: a disabled button may lose it at once
-  byId("generate").disabled = isLocked;
-  byId("lock").hidden = byId("actions").hidden = false;
-  if (hadFocus) byId(focused).focus();
-  byId(gone).hidden = true;
-  say(words, isLocked && heldKey() !== "");
-}
-
-async function readyInfo() {
-  for (;;) {
-    const info = await fetchInfo().catch(({ status }) => ({ phase: status === 401 ? "locked" : "silent" }));
-    if (info.phase === "ready") return info;
-    if (info.phase === "locked") {
-      await askForKey(refusal());
-      continue;
-    }
-    say(PHASES[info.phase] ?? "The service does not answer yet; trying again …", info.phase === "failed");
-    await new Promise((resolve) => setTimeout(resolve, 1000));
-  }
-}
-
-byId("settings").open = matchMedia("(min-width: 56rem)").matches;
+byId("settings").open = matchMedia("(min-width: 100rem)").matches;
 byId("settings").addEventListener("invalid", () => (byId("settings").open = true), true);
-byId("form").addEventListener("submit", (event) => [event.preventDefault(), generate(chosenSeed())]);
-byId("ask").addEventListener("submit", (event) => [event.preventDefault(), hearKey?.()]);
+byId("form").addEventListener("submit", (event) => [event.preventDefault(), generate(byId("seed").value)]);
 byId("stop").addEventListener("click", stop);
-byId("again").addEventListener("click", () => generate(lastSeed));
-byId("curl").addEventListener("click", copyCurl);
-byId("heat").addEventListener("click", ({ target }) => {
-  const layer = target.closest("tbody tr")?.sectionRowIndex;
-  if (layer !== undefined) byId(`layer-${layer}`).click();
-});
-byId("numbers").addEventListener("change", ({ target }) => byId("text").classList.toggle("numbered", target.checked));
+byId("more").addEventListener("click", goOn);
+byId("again").addEventListener("click", () => generate(String(whole.body.seed)));
+byId("restore").addEventListener("click", () => [silenced.clear(), applySilence()]);
+byId("curl").addEventListener("click", () => copy(asCurl(shownBody())));
+byId("python").addEventListener("click", () => copy(asPython(shownBody())));
+byId("link").addEventListener("click", () => [remember(), copy(location.href)]);
+byId("numbers").addEventListener("change", () => [showNumbers(), remember()]);
 byId("prompt").addEventListener("keydown", ({ key, ctrlKey, metaKey }) => {
   if (key === "Enter" && (ctrlKey || metaKey)) byId("form").requestSubmit();
 });
@@ -258,7 +325,7 @@ for (const button of document.querySelectorAll(".starts button")) {
   button.addEventListener("click", () => settings.set("prompt", button.textContent));
 }
 document.addEventListener("keydown", ({ key }) => {
-  if (key === "Escape") current ? stop() : card.close();
+  if (key === "Escape") isBusy() ? stop() : cards.forEach((card) => card.close());
 });
-setUp(await readyInfo());
+await setUp();
 addEventListener("hashchange", restore);

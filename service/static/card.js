@@ -1,11 +1,11 @@
-/** The card beside a letter: its experts and gate weights in every layer. Follows the pointer and the arrow keys. */
+/** The card beside a letter: its experts and gate weights in every layer, and what else might have stood there. */
 
-import { make, percent, tint } from "./dom.js";
+import { make, nameOf, percent, signOf, tint } from "./dom.js";
 import { ranked } from "./text.js";
 
 const STEPS = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity };
-const NAMES = { " ": "space", "\n": "line break" };
 
+/** Follows the pointer and the arrow keys over one text; several texts may share the element. */
 export class Card {
   constructor(element, told, text) {
     Object.assign(this, { element, told, text, index: -1 });
@@ -23,7 +23,7 @@ export class Card {
     this.index = index;
     const token = this.text.tokens[index];
     const rows = token.routed_experts.map((_, layer) => this.#row(token, layer));
-    this.element.replaceChildren(make("h2", {}, title(token)), ...rows);
+    this.element.replaceChildren(make("h2", {}, title(token)), ...rows, ...alternatives(token));
     this.element.hidden = false;
     token.letter.dataset.current = "";
     this.#place();
@@ -43,7 +43,9 @@ export class Card {
     tokens[index].letter.scrollIntoView({ block: "nearest" });
     this.open(index);
     const experts = ranked(tokens[index], layer).map(([expert, weight]) => `expert ${expert} ${percent(weight)}`);
-    this.told.textContent = `${title(tokens[index])}: ${experts.join(", ")} in layer ${layer}`;
+    const likely = (tokens[index].top_logprobs ?? []).map((each) => `${nameOf(each.text)} ${chance(each)}`);
+    const odds = likely.length ? `; likeliest here: ${likely.join(", ")}` : "";
+    this.told.textContent = `${title(tokens[index])}: ${experts.join(", ")} in layer ${layer}${odds}`;
   }
 
   #row(token, layer) {
@@ -58,11 +60,31 @@ export class Card {
   }
 
   #place() {
-    const { left, top, bottom } = this.text.tokens[this.index].letter.getBoundingClientRect();
+    const { letter } = this.text.tokens[this.index] ?? {};
+    if (!letter) return;
+    const { left, top, bottom } = letter.getBoundingClientRect();
     const { offsetWidth: width, offsetHeight: height, style } = this.element;
     style.left = `${Math.max(8, Math.min(left - 24, document.documentElement.clientWidth - width - 8))}px`;
     style.top = `${bottom + height + 16 < innerHeight ? bottom + 8 : Math.max(8, top - height - 8)}px`;
   }
 }
 
-const title = ({ text, index }) => `${NAMES[text] ?? `“${text}”`}, token ${index + 1}`;
+/** The likeliest tokens of this place, before temperature and filters; the one that was drawn stands out. */
+function alternatives({ token_id, top_logprobs = [], ...drawn }) {
+  if (!top_logprobs.length) return [];
+  const isAmong = top_logprobs.some((each) => each.token_id === token_id);
+  const shown = isAmong ? top_logprobs : [...top_logprobs, { token_id, ...drawn }];
+  const items = shown.map((each) => {
+    const item = make("li", {}, make("b", {}, signOf(each.text)), chance(each));
+    item.classList.toggle("drawn", each.token_id === token_id);
+    return item;
+  });
+  return [make("h3", {}, "Likeliest here"), make("ul", { className: "likely" }, ...items)];
+}
+
+function chance({ logprob }) {
+  const share = Math.exp(logprob);
+  return share < 0.005 ? "<\u202f1\u202f%" : percent(share);
+}
+
+const title = ({ text, index }) => `${nameOf(text)}, token ${index + 1}`;

@@ -1,6 +1,6 @@
 /** Talks to the service and says in words what went wrong. Knows addresses and statuses, not the page. */
 
-import { authorization, heldKey } from "./key.js";
+import { authorization } from "./key.js";
 
 /** Something the reader should be told, in a sentence. */
 export class Trouble extends Error {
@@ -10,8 +10,9 @@ export class Trouble extends Error {
   }
 }
 
-export async function fetchInfo() {
-  const response = await answered(fetch("info", { cache: "no-store", headers: authorization() }));
+/** What the service tells at an address: its facts, or its experts. */
+export async function fetchFacts(address) {
+  const response = await answered(fetch(address, { cache: "no-store", headers: authorization() }));
   return response.json();
 }
 
@@ -21,13 +22,6 @@ export async function openStream(body, signal, lastId = null) {
   const headers = { "Content-Type": "application/json", ...authorization(), ...place };
   const response = await answered(fetch("generate", { method: "POST", headers, body: JSON.stringify(body), signal }));
   return response.body;
-}
-
-/** The key stays out of it: the shell that runs it puts in its own. */
-export function asCurl(body) {
-  const json = JSON.stringify(body).replaceAll("'", "'\\''");
-  const key = heldKey() && ` -H "Authorization: Bearer $MOESCOPE_API_KEY"`;
-  return `curl -N ${new URL("generate", document.baseURI)}${key} -H 'Content-Type: application/json' -d '${json}'`;
 }
 
 async function answered(request) {

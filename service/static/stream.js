@@ -11,10 +11,10 @@ const PASSING = ["shutdown", "internal", "stalled"]; // errors that another try 
 
 /**
  * Yields a request's events, every token once and in order, over as many connections as that takes; calls tellLoss before
- * each new try. Throws Trouble when the text cannot go on, and whatever goes wrong before its first event as it is.
+ * each new try. place is {body, id, numTokens}: how far the text has come, from null and 0 on, and it moves along. Throws
+ * Trouble when the text cannot go on, and whatever goes wrong before its first event as it is.
  */
-export async function* survivingStream(body, signal, tellLoss) {
-  const place = { body, id: null, numTokens: 0 }; // how far the text has come
+export async function* survivingStream(place, signal, tellLoss) {
   let numFailures = 0;
   let lostAt = 0;
   for (;;) {

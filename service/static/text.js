@@ -1,4 +1,4 @@
-/** The text, letter by letter: shows, tints, and remembers every layer's experts. Knows nothing of HTTP. */
+/** A text, letter by letter: shows, tints, and remembers every layer's experts. Knows nothing of HTTP. */
 
 import { make, tint } from "./dom.js";
 

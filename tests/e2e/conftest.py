@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
+from tests import checkpoints
 from tests.checkpoints import tiny_checkpoint
 from tests.service.serving import Server
 
@@ -47,6 +48,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     server = Server(log, "--checkpoint", checkpoint, "--slots", 4, "--threads", 1)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def reported_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Its checkpoint has a report on every expert, and it writes long texts."""
+    folder = checkpoints.reported_checkpoint(tmp_path_factory.mktemp("checkpoints") / "reported")
+    log = tmp_path_factory.mktemp("server") / "log"
+    server = Server(log, "--checkpoint", folder, "--slots", 4, "--threads", 1, "--max-new-tokens", 200_000)
     try:
         yield server.wait_until_ready()
     finally:
