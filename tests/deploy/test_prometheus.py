@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import subprocess
 import threading
@@ -69,7 +70,9 @@ def test_every_alert_says_what_to_do() -> None:
 def test_prometheus_scrapes_what_compose_calls_the_service() -> None:
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
-    assert job["static_configs"] == [{"targets": ["service:8000"]}]
+    assert job["file_sd_configs"] == [{"files": ["targets/*.json"]}]
+    (file,) = FOLDER.glob("targets/*.json")
+    assert json.loads(file.read_text()) == [{"targets": ["service:8000"]}]
     assert config["global"]["scrape_interval"] == "5s"
     assert config["rule_files"] == ["rules.yml"]
 

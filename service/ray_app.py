@@ -1,0 +1,71 @@
+"""``serve run service.ray_app:app``: replicas of the service on Ray Serve, which balances, supervises and scales them.
+
+A replica is create_app with an engine of its own. docs/scale.md says what changes behind Ray's proxy.
+"""
+
+import asyncio
+import atexit
+import socket
+from contextlib import ExitStack
+
+import uvicorn
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+
+from service.cpus import tune_process
+from service.engine.loading import DEFAULT_SLOTS
+from service.engine.thread import EnginePhase, EngineThread
+from service.logs import configure_logging
+from service.settings import ReplicaSettings
+from service.targets import announced
+
+HEALTH_CHECK_S = 2
+ROOM_TO_REFUSE = 16  # beyond what fits: probes are answered, and refusals have our words
+
+
+@serve.ingress()
+class Replica:
+    def __init__(self, settings: ReplicaSettings) -> None:
+        self._settings, self._held = settings, ExitStack()
+        atexit.register(self._held.close)  # after a SIGTERM; Ray has let the streams end
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Ray starts and ends the app's lifespan, and the engine with it; the metrics have a port of their own."""
+        tune_process()
+        configure_logging(self._settings.log_level)
+        from service.app import create_app  # after the tuning
+
+        app = create_app(self._settings)
+        self._engine: EngineThread = app.state.engine
+        listener = self._held.enter_context(socket.create_server((self._settings.host, 0)))
+        self._held.enter_context(announced(self._settings.targets, listener))
+        config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None, access_log=False)
+        self._own_port = asyncio.create_task(uvicorn.Server(config).serve([listener]))
+        return app
+
+    async def check_health(self) -> None:
+        """Waits for the model to load, and only then does Ray send requests. Raises when it cannot generate."""
+        while self._engine.phase in (EnginePhase.LOADING, EnginePhase.WARMING):
+            await asyncio.sleep(0.1)
+        if self._engine.phase is not EnginePhase.READY:
+            raise RuntimeError(self._engine.failure or f"the engine is {self._engine.phase}")
+
+    def __del__(self) -> None:
+        self._held.close()
+
+
+def app(settings: ReplicaSettings) -> serve.Application:
+    """From the environment, and from ``serve run service.ray_app:app threads=1 slots=32``."""
+    slots = settings.slots or DEFAULT_SLOTS
+    least, most = settings.min_replicas, settings.max_replicas or settings.min_replicas
+    return serve.deployment(
+        name="moescope",
+        ray_actor_options={"num_cpus": settings.threads, "num_gpus": int(settings.device == "cuda")},
+        max_ongoing_requests=slots + settings.queue + ROOM_TO_REFUSE,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=least, max_replicas=most, target_ongoing_requests=slots
+        ),
+        health_check_period_s=HEALTH_CHECK_S,
+        graceful_shutdown_timeout_s=settings.grace_s,
+    )(Replica).bind(settings)

@@ -1,0 +1,118 @@
+"""A real Ray on loopback with the service on it, started as docs/scale.md says. Needs the group `ray`; skips by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import pytest
+import yaml
+
+from tests.service.serving import ROOT, Samples, free_port
+
+PATIENCE_S = 120.0
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What the name of its entry for Prometheus tells."""
+
+    pid: int
+    port: int
+
+    def metrics(self) -> Samples:
+        return Samples.parse(httpx.get(f"http://127.0.0.1:{self.port}/metrics", timeout=PATIENCE_S).text)
+
+    @property
+    def lives(self) -> bool:
+        return Path(f"/proc/{self.pid}").exists()
+
+
+class Cluster:
+    """A head node and what ``serve run`` deploys on it. Its own temporary folder: sockets want short paths."""
+
+    def __init__(self, targets: Path, **settings: object) -> None:
+        if importlib.util.find_spec("ray") is None:
+            pytest.skip("Ray is not installed (make test-ray does it)")
+        self.targets = targets
+        self.port, gcs = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        self._environment = {name: value for name, value in os.environ.items() if not name.startswith("MOESCOPE_")} | {
+            "RAY_ADDRESS": f"127.0.0.1:{gcs}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # in spite of its name: the node is at 127.0.0.1
+        }
+        head = "start --head --block --node-ip-address 127.0.0.1 --min-worker-port 0 --max-worker-port 0".split()
+        small = "--num-cpus 2 --object-store-memory 100000000 --include-dashboard false --disable-usage-stats".split()
+        ports = ["--port", str(gcs), "--ray-client-server-port", str(free_port())]
+        self._head = self._start("head", "ray.scripts.scripts", *head, *small, *ports, "--temp-dir", str(self._folder))
+        application = {
+            "name": "moescope",
+            "route_prefix": "/",
+            "import_path": "service.ray_app:app",
+            "args": {"targets": str(targets), **settings},
+        }
+        config = {"http_options": {"host": "127.0.0.1", "port": self.port}, "applications": [application]}
+        (self._folder / "serve.yaml").write_text(yaml.safe_dump(config))
+        self._wait(lambda: "block forever" in self.log("head"))
+        self._serve = self._start("serve", "ray.serve.scripts", "run", str(self._folder / "serve.yaml"))
+
+    def _start(self, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with (self._folder / f"{name}.log").open("w") as log:
+            command = [sys.executable, "-m", module, *arguments]
+            return subprocess.Popen(command, cwd=ROOT, env=self._environment, stdout=log, stderr=log)
+
+    def log(self, name: str) -> str:
+        return (self._folder / f"{name}.log").read_text(errors="replace")
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """Those that say they are there; one that was killed is among them until another comes."""
+        found = [re.search(r"-(\d+)-(\d+)\.json$", path.name) for path in self.targets.glob("*.json")]
+        return sorted((Replica(int(each[1]), int(each[2])) for each in found if each), key=lambda one: one.pid)
+
+    def wait_for_replicas(self, number: int) -> Self:
+        """So many live and are ready, and Ray sends requests there."""
+        self._wait(lambda: len(self.replicas) == number and all(map(_is_ready, self.replicas)) and self._answers())
+        return self
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _wait(self, holds: Any) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not holds():
+            assert self._head.poll() is None, self.log("head")
+            assert time.monotonic() < deadline, self.log("serve")[-5000:]
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        for process in (self._serve, self._head):
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            finally:
+                process.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _is_ready(replica: Replica) -> bool:
+    try:
+        return replica.lives and replica.metrics().total("ready") == 1
+    except httpx.TransportError:
+        return False
