@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import uvicorn
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from service.cpus import tune_process
 from service.engine.loading import DEFAULT_SLOTS
@@ -21,7 +21,7 @@ from service.settings import ReplicaSettings
 from service.targets import announced
 
 HEALTH_CHECK_S = 2
-ROOM_TO_REFUSE = 16  # beyond what fits: probes are answered, and refusals have our words
+FULL = BackpressureConfig(status_code=429, retry_after_s=5)  # what the proxy says when no replica takes more
 
 
 @serve.ingress()
@@ -62,10 +62,10 @@ def app(settings: ReplicaSettings) -> serve.Application:
     return serve.deployment(
         name="moescope",
         ray_actor_options={"num_cpus": settings.threads, "num_gpus": int(settings.device == "cuda")},
-        max_ongoing_requests=slots + settings.queue + ROOM_TO_REFUSE,
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=least, max_replicas=most, target_ongoing_requests=slots
-        ),
+        max_ongoing_requests=slots + settings.queue,
+        max_queued_requests=slots + settings.queue,
+        backpressure_config=FULL,
+        autoscaling_config=AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=slots),
         health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_timeout_s=settings.grace_s,
     )(Replica).bind(settings)

@@ -11,7 +11,7 @@ from tests.checkpoints import tiny_checkpoint
 from tests.scale.cluster import Cluster
 from tests.service.serving import FOR_EVER, Server
 
-SLOTS, QUEUE = 32, 4
+SLOTS, QUEUE = 48, 8
 
 
 @pytest.fixture(scope="session")
