@@ -75,11 +75,11 @@ def _advice(host: str, port: int, error: OSError) -> str:
 def _serve(settings: Settings, listener: socket.socket) -> int:
     from service.app import create_app  # after the port: a busy one is refused at once
     from service.server import serve
-    from service.targets import announced
+    from service.targets import announce
 
     app = create_app(settings)
-    with announced(settings.targets, listener):
-        return serve(app, listener)
+    announce(settings.targets, listener)
+    return serve(app, listener)
 
 
 def _refuse(message: str, code: int) -> int:

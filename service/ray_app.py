@@ -1,47 +1,36 @@
-"""``serve run service.ray_app:app``: replicas of the service on Ray Serve, which balances, supervises and scales them.
-
-A replica is create_app with an engine of its own. docs/scale.md says what changes behind Ray's proxy.
-"""
+"""``serve run service.ray_app:app``: each replica is create_app with an engine of its own; docs/scale.md has the rest."""
 
 import asyncio
-import atexit
 import socket
-from contextlib import ExitStack
 
 import uvicorn
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
+from service.app import create_app
 from service.cpus import tune_process
 from service.engine.loading import DEFAULT_SLOTS
 from service.engine.thread import EnginePhase, EngineThread
 from service.logs import configure_logging
 from service.settings import ReplicaSettings
-from service.targets import announced
-
-HEALTH_CHECK_S = 2
-FULL = BackpressureConfig(status_code=429, retry_after_s=5)  # what the proxy says when no replica takes more
+from service.targets import announce
 
 
 @serve.ingress()
 class Replica:
     def __init__(self, settings: ReplicaSettings) -> None:
-        self._settings, self._held = settings, ExitStack()
-        atexit.register(self._held.close)  # after a SIGTERM; Ray has let the streams end
+        self._settings = settings
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray starts and ends the app's lifespan, and the engine with it; the metrics have a port of their own."""
         tune_process()
         configure_logging(self._settings.log_level)
-        from service.app import create_app  # after the tuning
-
         app = create_app(self._settings)
         self._engine: EngineThread = app.state.engine
-        listener = self._held.enter_context(socket.create_server((self._settings.host, 0)))
-        self._held.enter_context(announced(self._settings.targets, listener))
+        listener = socket.create_server((self._settings.host, 0))
         config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None, access_log=False)
         self._own_port = asyncio.create_task(uvicorn.Server(config).serve([listener]))
+        self._withdraw = announce(self._settings.targets, listener)
         return app
 
     async def check_health(self) -> None:
@@ -52,7 +41,7 @@ class Replica:
             raise RuntimeError(self._engine.failure or f"the engine is {self._engine.phase}")
 
     def __del__(self) -> None:
-        self._held.close()
+        self._withdraw()
 
 
 def app(settings: ReplicaSettings) -> serve.Application:
@@ -62,10 +51,10 @@ def app(settings: ReplicaSettings) -> serve.Application:
     return serve.deployment(
         name="moescope",
         ray_actor_options={"num_cpus": settings.threads, "num_gpus": int(settings.device == "cuda")},
+        autoscaling_config={"min_replicas": least, "max_replicas": most, "target_ongoing_requests": slots},
         max_ongoing_requests=slots + settings.queue,
         max_queued_requests=slots + settings.queue,
-        backpressure_config=FULL,
-        autoscaling_config=AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=slots),
-        health_check_period_s=HEALTH_CHECK_S,
+        backpressure_config={"status_code": 429, "retry_after_s": 5},
         graceful_shutdown_timeout_s=settings.grace_s,
+        health_check_period_s=2,
     )(Replica).bind(settings)

@@ -2,54 +2,54 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Final, TextIO
+
+_held: Final[list[TextIO]] = []
 
 
 class TargetsRefused(Exception):
     """The folder cannot be written. One line."""
 
 
-@contextmanager
-def announced(folder: Path | None, listener: socket.socket) -> Iterator[None]:
-    """The listener's address as a target in the folder while the block lasts; nothing without a folder.
+def announce(folder: Path | None, listener: socket.socket) -> Callable[[], None]:
+    """Name the listener's address in the folder until the process ends or the answer is called; without one nothing.
 
-    The file is there whole or not at all, and locked for as long as this process lives. One that nobody holds is of a
-    process that was killed: the next on the same machine removes it. Raises TargetsRefused.
+    The file is there whole or not at all, and locked while this process lives. One that nobody has locked is of a
+    process that was killed, and the next on the same machine removes it. Raises TargetsRefused.
     """
     if folder is None:
-        yield
-        return
+        return lambda: None
     try:
-        file, entry = _write(folder, listener)
+        withdraw = partial(_write(folder, listener).unlink, missing_ok=True)
     except OSError as error:
         raise TargetsRefused(f"--targets {folder} cannot be written: {error.strerror}") from None
-    with file:
-        try:
-            yield
-        finally:
-            entry.unlink(missing_ok=True)
+    atexit.register(withdraw)
+    return withdraw
 
 
-def _write(folder: Path, listener: socket.socket) -> tuple[TextIO, Path]:
+def _write(folder: Path, listener: socket.socket) -> Path:
     machine, (host, port) = socket.gethostname(), listener.getsockname()[:2]
     folder.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder, machine)
     entry = folder / f"{machine}-{os.getpid()}-{port}.json"
     beside = entry.with_suffix(".new")
     file = beside.open("w")
+    _held.append(file)  # closing it would end the lock
     fcntl.flock(file, fcntl.LOCK_EX)
     json.dump([{"targets": [f"{_reachable(host, machine)}:{port}"]}], file)
     file.flush()
     beside.chmod(0o644)  # Prometheus is another user
     beside.rename(entry)
-    return file, entry
+    return entry
 
 
 def _reachable(host: str, machine: str) -> str:

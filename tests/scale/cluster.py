@@ -1,4 +1,4 @@
-"""A real Ray on loopback with the service on it, started as docs/scale.md says. Needs the group `ray`; skips by name."""
+"""A real Ray on loopback with the service on it, started as docs/scale.md says. Without Ray it skips by name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import httpx
 import pytest
@@ -54,10 +55,19 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # in spite of its name: the node is at 127.0.0.1
         }
-        head = "start --head --block --node-ip-address 127.0.0.1 --min-worker-port 0 --max-worker-port 0".split()
-        small = "--num-cpus 2 --object-store-memory 100000000 --include-dashboard false --disable-usage-stats".split()
-        ports = ["--port", str(gcs), "--ray-client-server-port", str(free_port())]
-        self._head = self._start("head", "ray.scripts.scripts", *head, *small, *ports, "--temp-dir", str(self._folder))
+        head = {
+            "--node-ip-address": "127.0.0.1",
+            "--port": gcs,
+            "--ray-client-server-port": free_port(),
+            "--min-worker-port": 0,
+            "--max-worker-port": 0,
+            "--num-cpus": 2,
+            "--object-store-memory": 100_000_000,
+            "--include-dashboard": "false",
+            "--temp-dir": self._folder,
+        }
+        flags = [str(word) for flag in head.items() for word in flag]
+        self._head = self._start("head", "ray.scripts.scripts", "start", "--head", "--block", *flags)
         application = {
             "name": "moescope",
             "route_prefix": "/",
@@ -66,7 +76,7 @@ class Cluster:
         }
         config = {"http_options": {"host": "127.0.0.1", "port": self.port}, "applications": [application]}
         (self._folder / "serve.yaml").write_text(yaml.safe_dump(config))
-        self._wait(lambda: "block forever" in self.log("head"))
+        self._wait(lambda: "block forever" in self.log("head"))  # until then there is nobody to connect to
         self._serve = self._start("serve", "ray.serve.scripts", "run", str(self._folder / "serve.yaml"))
 
     def _start(self, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -94,7 +104,7 @@ class Cluster:
         except httpx.TransportError:
             return False
 
-    def _wait(self, holds: Any) -> None:
+    def _wait(self, holds: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while not holds():
             assert self._head.poll() is None, self.log("head")

@@ -16,7 +16,7 @@ import pytest
 from tests.deploy.monitoring import Prometheus
 from tests.scale.cluster import Cluster, Replica
 from tests.scale.conftest import QUEUE, SLOTS
-from tests.service.crowd import Told, ask, at_once, say
+from tests.service.crowd import Told, ask, at_once, request, say
 from tests.service.serving import FOR_EVER, Server, wait_until
 
 pytestmark = pytest.mark.ray
@@ -42,7 +42,7 @@ class Whole:
     def num_tokens(self) -> int:
         return len(self.tokens) + len(self.now.arrived)
 
-    async def read(self, port: int, asked: dict[str, Any]) -> "Whole":
+    async def read(self, port: int, asked: dict[str, Any]) -> Whole:
         """A client that goes on until the end: what Ray's proxy tells of a dead replica is a 500 or a broken stream."""
         last_event_id = None
         while self.end is None:
@@ -66,7 +66,7 @@ async def texts_of(port: int, seeds: range) -> list[list[dict[str, Any]]]:
     return [told.tokens for told in await at_once(ask(port, body(seed, 400)) for seed in seeds)]
 
 
-async def crowd(port: int, seeds: range) -> tuple[list[Whole], list[asyncio.Task[Whole]]]:
+async def crowd(port: int, seeds: range) -> list[asyncio.Task[Whole]]:
     """Streams that all flow when this returns. They come within a second: Ray would give a salvo to one replica."""
     wholes, tasks = [Whole() for _ in seeds], []
     for each, seed in zip(wholes, seeds, strict=True):
@@ -75,7 +75,7 @@ async def crowd(port: int, seeds: range) -> tuple[list[Whole], list[asyncio.Task
     async with asyncio.timeout(60):
         while not all(each.num_tokens >= 10 for each in wholes):
             await asyncio.sleep(0.01)
-    return wholes, tasks
+    return tasks
 
 
 def running(replica: Replica) -> int:
@@ -88,7 +88,7 @@ def test_a_replica_is_killed_and_no_letter_of_fifty_streams_is_lost_doubled_or_d
     expected = asyncio.run(texts_of(plain.port, range(STREAMS)))
 
     async def kill_one() -> tuple[list[Whole], int, int]:
-        wholes, tasks = await crowd(replicas.port, range(STREAMS))
+        tasks = await crowd(replicas.port, range(STREAMS))
         victim, other = replicas.replicas
         held, others = await asyncio.gather(*(asyncio.to_thread(running, each) for each in (victim, other)))
         os.kill(victim.pid, signal.SIGKILL)
@@ -107,7 +107,7 @@ def test_a_replica_is_killed_and_no_letter_of_fifty_streams_is_lost_doubled_or_d
 
 def test_sigterm_lets_a_replica_s_streams_end_and_another_takes_its_place(replicas: Cluster) -> None:
     async def end_one() -> tuple[list[Whole], int, Replica]:
-        wholes, tasks = await crowd(replicas.port, range(16))
+        tasks = await crowd(replicas.port, range(16))
         told = replicas.replicas[0]
         held = await asyncio.to_thread(running, told)
         os.kill(told.pid, signal.SIGTERM)
@@ -115,7 +115,9 @@ def test_sigterm_lets_a_replica_s_streams_end_and_another_takes_its_place(replic
 
     wholes, held, told = asyncio.run(end_one())
     assert held > 0
-    assert [(each.connections, len(each.tokens), each.end and each.end[0]) for each in wholes] == [(1, 400, "done")] * 16
+    assert [(each.connections, len(each.tokens), each.end and each.end[0]) for each in wholes] == [
+        (1, 400, "done")
+    ] * 16
     wait_until(lambda: not told.lives)
     assert told not in replicas.replicas, "its entry for Prometheus outlived it"
     assert told not in replicas.wait_for_replicas(2).replicas
@@ -157,9 +159,7 @@ def test_who_leaves_gives_the_slot_back_also_before_the_first_token(replicas: Cl
 
     async def leave_unanswered() -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", replicas.port)
-        content = b'{"prompt": "", "stream": false, "max_new_tokens": 1000000}'
-        head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-        writer.write(head.encode() + b"\r\n\r\n" + content)
+        writer.write(request({"max_new_tokens": FOR_EVER, "stream": False}))
         await writer.drain()
         await asyncio.to_thread(wait_until, lambda: totals("requests_running") == 1)
         writer.transport.abort()
@@ -207,7 +207,9 @@ def test_refusals_and_plain_answers_are_those_of_one_process(replicas: Cluster, 
     for asked in ({"prompt": "é"}, {"prompt": 5}, {"prompt": "", "max_new_token": 3}, {"prompt": "", "top_p": 7}):
         got, wanted = (each.post("/generate", json=asked) for each in (client, plain.client))
         assert (got.status_code, without_id(got)) == (wanted.status_code, without_id(wanted))
-    assert client.post("/generate", content=b"x" * 70_000, headers={"Content-Type": "application/json"}).status_code == 413
+    assert (
+        client.post("/generate", content=b"x" * 70_000, headers={"Content-Type": "application/json"}).status_code == 413
+    )
     assert client.get("/nowhere").status_code == 404
     assert client.get("/info", headers={"Host": "evil.example"}).status_code == 421
     answers = [each.post("/generate", json={**body(3), "stream": False}).json() for each in (client, plain.client)]
