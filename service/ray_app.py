@@ -1,4 +1,4 @@
-"""``serve run service.ray_app:app``: each replica is create_app with an engine of its own; docs/scale.md has the rest."""
+"""``serve run service.ray_app:app``: each replica is create_app with its own engine; docs/scale.md has the rest."""
 
 import asyncio
 import socket

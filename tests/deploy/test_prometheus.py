@@ -177,7 +177,7 @@ def test_the_drift_line_has_room_on_both_sides(corpus: Corpus) -> None:
     """With the least tokens that a drift is told of, the line is half as far again from ordinary and random text."""
     from benchmarks.drift import counts_by_chunk, figures
 
-    (told,) = re.findall(r"/ 2 > ([0-9.]+)", alerts()["RoutingDrift"]["expr"])
+    (told,) = re.findall(r"> ([0-9.]+)", alerts()["RoutingDrift"]["expr"])
     line = float(told)
     loaded = checkpoint.load(ROOT / "checkpoints" / "shakespeare")
     baseline = np.array(loaded.training["routing_baseline"])
