@@ -1,9 +1,9 @@
 """``python -m benchmarks.capacity``: how many requests a second replicas take, simulated on measured step times.
 
 Requests come by chance (Poisson) and want texts of a mean length (exponential). A replica decodes all its rows in one
-step; how long that takes is interpolated from ``benchmarks/results/engine-*.json``, in whose rates the reading of prompts is
-included. Who finds no slot waits, who finds no place in any queue is refused. Each goes to the emptier of two replicas, as
-with Ray. HTTP, proxy and network cost nothing here. Prints the table of docs/scale.md.
+step; how long that takes is interpolated from ``benchmarks/results/engine-*.json``, whose rates include the reading of
+prompts. Who finds no slot waits, who finds no place in any queue is refused. Each goes to the emptier of two replicas,
+as with Ray. HTTP, proxy and network cost nothing here. Prints the table of docs/scale.md.
 """
 
 from __future__ import annotations

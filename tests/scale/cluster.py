@@ -111,6 +111,11 @@ class Cluster:
             assert time.monotonic() < deadline, self.log("serve")[-5000:]
             time.sleep(0.1)
 
+    def proxy_cpu_seconds(self) -> float:
+        """What Ray's proxy of this node has used so far; it is a grandchild of the head."""
+        (pid,) = [pid for pid in _below(self._head.pid) if "ProxyActor" in Path(f"/proc/{pid}/cmdline").read_text()]
+        return cpu_seconds(pid)
+
     def stop(self) -> None:
         for process in (self._serve, self._head):
             process.send_signal(signal.SIGTERM)
@@ -126,3 +131,14 @@ def _is_ready(replica: Replica) -> bool:
         return replica.lives and replica.metrics().total("ready") == 1
     except httpx.TransportError:
         return False
+
+
+def _below(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [each for child in children for each in _below(child)]
+
+
+def cpu_seconds(pid: int) -> float:
+    """All threads of a process have used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
