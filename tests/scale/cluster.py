@@ -53,6 +53,7 @@ class Cluster:
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("MOESCOPE_")} | {
             "RAY_ADDRESS": f"127.0.0.1:{gcs}",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # or whoever else is on the machine goes first
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # in spite of its name: the node is at 127.0.0.1
         }
         head = {

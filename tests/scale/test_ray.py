@@ -244,7 +244,7 @@ def first_and_next(told: Told, asked_at: float) -> tuple[float, float]:
 
 
 def test_what_the_proxy_costs_is_printed(replicas: Cluster, plain: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    """Interleaved, medians of one stream, processor time of sixteen; that the figures are there is all to be asserted."""
+    """Interleaved, medians of one stream, processor time of sixteen; all to be asserted is that there are figures."""
     times: dict[str, list[tuple[float, float]]] = {"plain": [], "ray": []}
 
     async def measure() -> None:
