@@ -118,12 +118,15 @@ class Cluster:
         return cpu_seconds(pid)
 
     def stop(self) -> None:
+        """Both at once: the head takes everything along, and nobody is being served any more."""
         for process in (self._serve, self._head):
             process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            finally:
+        try:
+            self._head.wait(60)
+        finally:
+            for process in (self._serve, self._head):
                 process.kill()
+                process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
