@@ -71,8 +71,7 @@ def test_prometheus_scrapes_what_compose_calls_the_service() -> None:
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
     assert job["file_sd_configs"] == [{"files": ["targets/*.json"]}]
-    (file,) = FOLDER.glob("targets/*.json")
-    assert json.loads(file.read_text()) == [{"targets": ["service:8000"]}]
+    assert json.loads((FOLDER / "targets" / "compose.json").read_text()) == [{"targets": ["service:8000"]}]
     assert config["global"]["scrape_interval"] == "5s"
     assert config["rule_files"] == ["rules.yml"]
 

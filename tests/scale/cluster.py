@@ -91,8 +91,7 @@ class Cluster:
     @property
     def replicas(self) -> list[Replica]:
         """Those that say they are there; one that was killed is among them until another comes."""
-        found = [re.search(r"-(\d+)-(\d+)\.json$", path.name) for path in self.targets.glob("*.json")]
-        return sorted((Replica(int(each[1]), int(each[2])) for each in found if each), key=lambda one: one.pid)
+        return replicas_in(self.targets)
 
     def wait_for_replicas(self, number: int) -> Self:
         """So many live and are ready, and Ray sends requests there."""
@@ -117,10 +116,14 @@ class Cluster:
         (pid,) = [pid for pid in _below(self._head.pid) if "ProxyActor" in Path(f"/proc/{pid}/cmdline").read_text()]
         return cpu_seconds(pid)
 
+    def interrupt(self) -> None:
+        """Ctrl-C where ``serve run`` was typed; returns when the service is gone."""
+        self._serve.send_signal(signal.SIGINT)
+        self._serve.wait(PATIENCE_S)
+
     def stop(self) -> None:
-        """Both at once: the head takes everything along, and nobody is being served any more."""
-        for process in (self._serve, self._head):
-            process.send_signal(signal.SIGTERM)
+        """The head takes everything along."""
+        self._head.send_signal(signal.SIGTERM)
         try:
             self._head.wait(60)
         finally:
@@ -128,6 +131,11 @@ class Cluster:
                 process.kill()
                 process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def replicas_in(targets: Path) -> list[Replica]:
+    found = [re.search(r"-(\d+)-(\d+)\.json$", path.name) for path in targets.glob("*.json")]
+    return sorted((Replica(int(each[1]), int(each[2])) for each in found if each), key=lambda one: one.pid)
 
 
 def _is_ready(replica: Replica) -> bool:

@@ -26,6 +26,8 @@ def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     cluster = Cluster(targets, checkpoint=str(checkpoint), **settings)
     try:
         yield cluster.wait_for_replicas(2)
+        cluster.interrupt()
+        assert not cluster.replicas, "an orderly end leaves Prometheus nobody to look for"
     finally:
         cluster.stop()
 
