@@ -17,7 +17,7 @@ from tests.service.serving import Server, wait_until
 
 pytestmark = pytest.mark.ray
 
-NUM_TOKENS = 3000
+NUM_TOKENS = 1500
 
 
 def text_of(plain: Server) -> str:
