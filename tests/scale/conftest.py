@@ -23,6 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     targets = tmp_path_factory.mktemp("prometheus") / "targets"
     settings = {"threads": 1, "slots": SLOTS, "queue": QUEUE, "max_new_tokens": FOR_EVER, "min_replicas": 2}
+    settings["queue_timeout_s"] = 3600  # nobody is refused because others write for ever
     cluster = Cluster(targets, checkpoint=str(checkpoint), **settings)
     try:
         yield cluster.wait_for_replicas(2)

@@ -203,3 +203,13 @@ def test_two_machines_train_the_model_of_one_by_the_lines_of_the_file_for_skypil
     assert [output.count("serve it") for output in outputs] == [1, 0]
     one, two = losses(text.parent / "runs" / "one"), losses(text.parent / "runs" / "two")
     assert two == pytest.approx(one, abs=1e-4)
+
+
+def test_the_lines_of_the_page_are_those_of_the_file_for_skypilot() -> None:
+    page = (ROOT / "docs" / "scale.md").read_text()
+    lines = [shlex.split(each.replace("\\\n", " ")) for each in re.findall(r"^torchrun .*\\\n.*$", page, re.MULTILINE)]
+    assert [line[line.index("--node-rank") + 1] for line in lines] == ["0", "1"]
+    told = shlex.split(SKYPILOT["run"].replace("\\\n", " ").replace(".venv/bin/", ""))
+    for line in lines:
+        assert sorted(word for word in line if word.startswith("-")) == sorted(word for word in told if word[0] == "-")
+        assert line[line.index("--") :] == told[told.index("--") :]
