@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -26,7 +27,7 @@ def test_a_replica_is_healthy_while_its_engine_can_write(
     settings = ReplicaSettings(checkpoint=checkpoint, threads=1, slots=2, targets=tmp_path / "targets")
 
     async def live() -> None:
-        replica = object.__new__(Replica)
+        replica: Any = object.__new__(Replica)
         await replica.__init__(settings)
         app = await replica.__serve_build_asgi_app__()
         async with app.router.lifespan_context(app), asyncio.timeout(60):
