@@ -31,9 +31,9 @@ def test_a_replica_is_healthy_while_its_engine_can_write(
         await replica.__init__(settings)
         app = await replica.__serve_build_asgi_app__()
         async with app.router.lifespan_context(app), asyncio.timeout(60):
-            assert app.state.engine.phase is EnginePhase.LOADING
+            phases = [app.state.engine.phase]
             await replica.check_health()
-            assert app.state.engine.phase is EnginePhase.READY
+            assert [*phases, app.state.engine.phase] == [EnginePhase.LOADING, EnginePhase.READY]
             (own,) = replicas_in(settings.targets)
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{own.port}", timeout=60) as client:
                 answer = await client.post("/generate", json={"prompt": "", "max_new_tokens": 100})
