@@ -24,7 +24,7 @@ def test_a_replica_is_healthy_while_its_engine_can_write(
     from service.ray_app import Replica
 
     monkeypatch.setenv("MOESCOPE_FAULT", "die:20")
-    settings = ReplicaSettings(checkpoint=checkpoint, threads=1, slots=2, targets=tmp_path / "targets")
+    settings = ReplicaSettings(checkpoint=checkpoint, threads=1, slots=2, targets=tmp_path)
 
     async def live() -> None:
         replica: Any = object.__new__(Replica)
@@ -34,14 +34,14 @@ def test_a_replica_is_healthy_while_its_engine_can_write(
             phases = [app.state.engine.phase]
             await replica.check_health()
             assert [*phases, app.state.engine.phase] == [EnginePhase.LOADING, EnginePhase.READY]
-            (own,) = replicas_in(settings.targets)
+            (own,) = replicas_in(tmp_path)
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{own.port}", timeout=60) as client:
                 answer = await client.post("/generate", json={"prompt": "", "max_new_tokens": 100})
                 assert answer.text.count("event: error") == 1
             with pytest.raises(RuntimeError, match="died"):
                 await replica.check_health()
         replica._withdraw()
-        assert replicas_in(settings.targets) == []
+        assert replicas_in(tmp_path) == []
 
     asyncio.run(live())
 
