@@ -7,7 +7,7 @@ CODE := $(wildcard service model training benchmarks scripts tests)
 given = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
 
 .NOTPARALLEL:
-.PHONY: help serve test train lint bench bench-interop bench-peers prove evidence walkthrough dashboards traffic no-python
+.PHONY: help serve test test-ray train lint bench bench-interop bench-peers prove evidence walkthrough dashboards traffic no-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,9 @@ serve: .venv/serve.stamp ## serve the model on http://127.0.0.1:8000 (PORT=9000 
 
 test: .venv/test.stamp ## run the tests, and list what was skipped and why
 	@exec $(PY) -m pytest --numprocesses auto --dist loadfile $(ARGS)
+
+test-ray: .venv/ray.stamp ## run the tests of replicas on Ray, which is installed for it, three minutes
+	@exec $(PY) -m pytest tests/scale -m ray $(ARGS)
 
 train: .venv/train.stamp ## train a model in five minutes (ARGS='--preset shakespeare' for the shipped one)
 	@exec $(PY) -m training train --preset quick $(ARGS)
@@ -65,6 +68,7 @@ traffic: .venv/serve.stamp ## keep a running service busy until Ctrl-C (URL=http
 .venv/serve.stamp: NEEDS := run
 .venv/train.stamp: NEEDS := run train
 .venv/test.stamp: NEEDS := run train test
+.venv/ray.stamp: NEEDS := run train test ray
 .venv/lint.stamp: NEEDS := run train test tools
 
 # A .venv whose Python went away with a system upgrade is made anew, whatever its stamps say.

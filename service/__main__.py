@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 EXIT_REFUSED: Final = 1
 EXIT_USAGE: Final = 2
-SWITCH_INTERVAL_S: Final = 0.0005
 
 
 class PortRefused(Exception):
@@ -28,12 +27,12 @@ class PortRefused(Exception):
 def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # until the server takes over; while importing, to begin with
     from model.checkpoint import CheckpointError
+    from service.cpus import tune_process
     from service.logs import configure_logging
     from service.settings import SettingsRefused, read_settings
+    from service.targets import TargetsRefused
 
-    # torch's threads spin while they wait for each other. For microseconds that pays (sleeping at once halves the speed
-    # at one stream); for longer it takes the core from the event loop and from whoever else is there.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    tune_process()
     try:
         settings = read_settings(arguments)
     except SettingsRefused as refusal:
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         listener = bind(settings.host, settings.port)
         return _serve(settings, listener)
-    except (PortRefused, CheckpointError) as refusal:
+    except (PortRefused, CheckpointError, TargetsRefused) as refusal:
         return _refuse(str(refusal), EXIT_REFUSED)
 
 
@@ -76,9 +75,11 @@ def _advice(host: str, port: int, error: OSError) -> str:
 def _serve(settings: Settings, listener: socket.socket) -> int:
     from service.app import create_app  # after the port: a busy one is refused at once
     from service.server import serve
+    from service.targets import announce
 
-    sys.setswitchinterval(SWITCH_INTERVAL_S)  # the engine's thread holds the GIL for most of a step otherwise
-    return serve(create_app(settings), listener)
+    app = create_app(settings)
+    announce(settings.targets, listener)
+    return serve(app, listener)
 
 
 def _refuse(message: str, code: int) -> int:

@@ -41,6 +41,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             http=cast(Any, partial(Protocol, bounds)),
+            loop="asyncio",  # also where uvloop is installed: Ray brings it
             ws="none",
             log_config=None,
             log_level="error",  # whoever does not speak HTTP, or wants to upgrade it, is worth no warning

@@ -96,6 +96,9 @@ class Settings(BaseSettings):
     expert_window_s: int = Field(
         300, ge=1, le=600, description="how far back the figures of experts' balance in /metrics look, in seconds"
     )
+    targets: Path | None = Field(
+        None, description="folder for a file that tells Prometheus (file_sd) where this process's metrics are"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
     @field_validator("api_key")
@@ -105,6 +108,20 @@ class Settings(BaseSettings):
         if key is not None and not re.fullmatch(r"[!-~]+", key.get_secret_value()):
             raise ValueError("it should be ASCII letters, digits and signs, without a space")
         return key
+
+
+class ReplicaSettings(Settings):
+    """What ``service.ray_app`` heeds. --port is left to Ray: its proxy has one, and every replica takes a free one."""
+
+    min_replicas: int = Field(1, ge=1, description="replicas that are always there")
+    max_replicas: int | None = Field(
+        None, ge=1, description="replicas that there may be while the slots of all are taken; otherwise the least"
+    )
+
+    @field_validator("checkpoint", "targets")
+    @classmethod
+    def _same_from_every_folder(cls, folder: Path | None) -> Path | None:
+        return folder and folder.resolve()
 
 
 def read_settings(arguments: Sequence[str]) -> Settings:

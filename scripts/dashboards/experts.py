@@ -31,10 +31,24 @@ BAD_FROM_ONE: Final[Colours] = {None: "green", 1: "red"}
 GOOD_FROM_ONE: Final[Colours] = {None: "red", 1: "green"}
 RATIO_TO_BASELINE: Final[Colours] = {None: "red", 0.05: "orange", 0.5: "green", 2: "orange", 3: "red"}
 
+ENOUGH: Final = f"on (layer) max by (layer) (moescope:expert_mean_tokens:increase5m{{{RECORDED}}}) >= 250"
+
+
+def of_all(ratio: str, worst: str = "max") -> str:
+    """By layer, over all instances; without series of single experts, the worst instance's own."""
+    gauge = f"{worst} by (layer) (moescope_{ratio}{{{LAYERS}}})"
+    return f"max by (layer) (moescope:{ratio}:rate5m{{{RECORDED}}}) or {gauge}"
+
+
+DRIFT: Final = of_all("expert_drift_ratio")
+HOTTEST: Final = of_all("expert_max_load_ratio")
+ENTROPY: Final = of_all("expert_load_entropy_ratio", worst="min")
+IDLE: Final = f"(sum by (layer) ({SHARE} == bool 0) and {ENOUGH}) or max by (layer) (moescope_experts_idle{{{LAYERS}}})"
+
 EVENNESS: Final = {
-    "moescope_expert_load_entropy_ratio": ("Entropy", "1 is even load, 0 is one expert that does everything."),
-    "moescope_expert_max_load_ratio": ("Hottest over mean", "1 is even load; the number of experts is the worst."),
-    "moescope_experts_idle": ("Idle by layer", "Experts without a token in the window; a healthy layer has none."),
+    ENTROPY: ("Entropy", "1 is even load, 0 is one expert that does everything."),
+    HOTTEST: ("Hottest over mean", "1 is even load; the number of experts is the worst."),
+    IDLE: ("Idle by layer", "Experts without a token in the window; a healthy layer has none."),
 }
 
 
@@ -62,7 +76,7 @@ def experts_now(page: Dashboard) -> None:
         number(
             "Idle experts",
             "Experts that got no token in the window, over all layers; a trained model under traffic has none.",
-            f"sum(moescope_experts_idle{{{LAYERS}}})",
+            f"sum({IDLE})",
             colours=BAD_FROM_ONE,
             width=5,
         )
@@ -72,7 +86,7 @@ def experts_now(page: Dashboard) -> None:
             "Drift, worst layer",
             "How far the routing is from that on validation text: 0 is the same, 1 shares no expert; high means that "
             "people send other text than the model was trained for.",
-            f"max(moescope_expert_drift_ratio{{{LAYERS}}})",
+            f"max({DRIFT})",
             unit="none",
             colours={None: "green", DRIFT_ALERT: "red"},
             width=5,
@@ -83,7 +97,7 @@ def experts_now(page: Dashboard) -> None:
             "Load of the hottest, worst layer",
             "The busiest expert's load as a multiple of its layer's mean: 1 is perfectly even, the number of experts "
             "is one that does everything.",
-            f"max(moescope_expert_max_load_ratio{{{LAYERS}}})",
+            f"max({HOTTEST})",
             unit="none",
             colours={None: "green", 2: "orange", 3: "red"},
             width=5,
@@ -93,7 +107,7 @@ def experts_now(page: Dashboard) -> None:
         number(
             "Evenness, worst layer",
             "Entropy of the load over its maximum: 100 % is perfectly even, 0 % is one expert that does everything.",
-            f"min(moescope_expert_load_entropy_ratio{{{LAYERS}}})",
+            f"min({ENTROPY})",
             unit="percentunit",
             colours={None: "red", 0.7: "orange", 0.9: "green"},
             width=5,
@@ -163,8 +177,7 @@ def experts_who_does_the_work(page: Dashboard) -> None:
 
 def experts_how_even_layer_by_layer(page: Dashboard) -> None:
     page.with_row(Row("How even, layer by layer"))
-    for metric, (title, reading) in EVENNESS.items():
-        query = f"max by (layer) ({metric}{{{LAYERS}}})"
+    for query, (title, reading) in EVENNESS.items():
         page.with_panel(lines(title, reading, {"layer {{layer}}": query}, unit="none", width=8))
     page.with_panel(
         lines(
@@ -180,7 +193,7 @@ def experts_how_even_layer_by_layer(page: Dashboard) -> None:
         lines(
             "Drift",
             "Distance of the window's routing from the baseline: above the dashed line the alert RoutingDrift fires.",
-            {"layer {{layer}}": f"max by (layer) (moescope_expert_drift_ratio{{{LAYERS}}})"},
+            {"layer {{layer}}": DRIFT},
             unit="none",
             width=8,
             colours={None: "transparent", DRIFT_ALERT: "red"},

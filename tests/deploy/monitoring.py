@@ -1,5 +1,6 @@
 """A real Prometheus: on the shipped files where docker-compose.yml puts them, or on the shipped rules in seconds."""
 
+import json
 import random
 import re
 import shutil
@@ -81,12 +82,13 @@ class Prometheus:
         return cls(folder, address, inside(binary("prometheus"), *flags, mounts=mounts))
 
     @classmethod
-    def in_seconds(cls, folder: Path, target: str) -> Self:
-        """On the shipped rules with seconds for minutes, and with one target."""
+    def in_seconds(cls, folder: Path, target: str | None = None) -> Self:
+        """On the shipped files with seconds for minutes; its targets lie in ``targets`` there, this one among them."""
         config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
-        config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
-        folder.mkdir()
+        (folder / "targets").mkdir(parents=True, exist_ok=True)
+        if target:
+            (folder / "targets" / "one.json").write_text(json.dumps([{"targets": [target]}]))
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         (folder / "rules.yml").write_text(shortened((FOLDER / "rules.yml").read_text()))
         command = [binary("prometheus"), f"--config.file={folder / 'prometheus.yml'}"]

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from model import checkpoint
 from tests.evidence import Evidence
-from tests.training.processes import start, train
+from tests.training.processes import ROOT, start, train
 from training import runs
 
 # Another order of summation changes a loss by a bit; a token that goes to another expert for it, or a large step along
@@ -130,3 +136,80 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_by_the_first_alone(text:
         said.append(process.communicate(timeout=60)[0])
         assert process.returncode == 1
     assert said == ["batch_size is 8; 3 ranks must share it evenly\n", ""]
+
+
+SKYPILOT: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "skypilot" / "train.yaml").read_text())
+
+
+@pytest.fixture
+def machines() -> Iterator[list[tuple[str, str]]]:
+    """Two network namespaces joined by a cable: their names, which are those of the cable's ends too, and addresses."""
+    if os.geteuid() or not shutil.which("ip") or ip("netns", "add", "moescope-try").returncode:
+        pytest.skip("no network namespaces for this user, or no ip (Debian: apt install iproute2, as root)")
+    ip("netns", "del", "moescope-try")
+    names = [f"ms{os.getpid()}{end}" for end in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", names[1], "netns", names[1])
+        addresses = [f"10.213.77.{number}" for number in (1, 2)]
+        for name, address in zip(names, addresses, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", name)
+            ip("-n", name, "link", "set", name, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield list(zip(names, addresses, strict=True))
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def ip(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["ip", *arguments], capture_output=True)
+
+
+def test_two_machines_train_the_model_of_one_by_the_lines_of_the_file_for_skypilot(
+    text: Path, machines: list[tuple[str, str]]
+) -> None:
+    assert int(SKYPILOT["num_nodes"]) == len(machines)
+    arguments = ("--steps", 20, "--evaluate-every", 20, *GENTLE, *ALL_CHOSEN)
+    train(text, "one", *arguments)
+    more = shlex.join(map(str, ("--preset", "tiny", "--data", text, "--run", "two", *arguments)))
+    lines = SKYPILOT["run"].replace(".venv/bin/torchrun", f"{sys.executable} -m torch.distributed.run")
+    lines, replaced = re.subn("--preset shakespeare", more.replace("\\", r"\\"), lines)
+    assert replaced == 1
+    processes = []
+    for rank, (name, _) in enumerate(machines):
+        told = {
+            "SKYPILOT_NUM_NODES": "2",
+            "SKYPILOT_NODE_RANK": str(rank),
+            "SKYPILOT_NUM_GPUS_PER_NODE": "1",
+            "SKYPILOT_NODE_IPS": "\n".join(address for _, address in machines),
+            "GLOO_SOCKET_IFNAME": name,  # gloo would ask for the address of this machine's own name
+            "PYTHONPATH": str(ROOT),
+        }
+        command = ["ip", "netns", "exec", name, "bash", "-c", lines]
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=text.parent,
+                env=os.environ | told,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [output.count("serve it") for output in outputs] == [1, 0]
+    one, two = losses(text.parent / "runs" / "one"), losses(text.parent / "runs" / "two")
+    assert two == pytest.approx(one, abs=1e-4)
+
+
+def test_the_lines_of_the_page_are_those_of_the_file_for_skypilot() -> None:
+    page = (ROOT / "docs" / "scale.md").read_text()
+    lines = [shlex.split(each.replace("\\\n", " ")) for each in re.findall(r"^torchrun .*\\\n.*$", page, re.MULTILINE)]
+    assert [line[line.index("--node-rank") + 1] for line in lines] == ["0", "1"]
+    told = shlex.split(SKYPILOT["run"].replace("\\\n", " ").replace(".venv/bin/", ""))
+    for line in lines:
+        assert sorted(word for word in line if word.startswith("-")) == sorted(word for word in told if word[0] == "-")
+        assert line[line.index("--") :] == told[told.index("--") :]

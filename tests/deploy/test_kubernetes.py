@@ -1,0 +1,108 @@
+"""The manifest is valid, asks for what the service answers, and agrees with the image. It has not met a cluster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.settings import Settings
+from tests.checkpoints import tiny_checkpoint
+from tests.deploy.monitoring import COMPOSE, ROOT
+from tests.service.serving import Server
+
+MANIFEST = ROOT / "deploy" / "kubernetes" / "moescope.yaml"
+PARTS: list[dict[str, Any]] = list(yaml.safe_load_all(MANIFEST.read_text()))
+OF_KEDA = "ScaledObject"
+
+
+def part(kind: str) -> dict[str, Any]:
+    (found,) = [each for each in PARTS if each["kind"] == kind]
+    return found
+
+
+def container() -> dict[str, Any]:
+    (only,) = part("Deployment")["spec"]["template"]["spec"]["containers"]
+    return dict(only)
+
+
+def setting(name: str) -> Any:
+    return Settings.model_fields[name].default
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """On loopback, where a pod's address is nobody's name: probes and scrapes call it by that all the same."""
+    folder = tmp_path_factory.mktemp("kubernetes")
+    server = Server(folder / "log", "--checkpoint", tiny_checkpoint(folder / "tiny"), "--threads", 1)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("version", ["1.32", kubernetes_validate.latest_version()])
+def test_it_is_valid_for_kubernetes(version: str) -> None:
+    known = [each for each in PARTS if each["kind"] != OF_KEDA]
+    assert [each["kind"] for each in known] == ["Deployment", "Service", "PodDisruptionBudget"]
+    for each in known:
+        kubernetes_validate.validate(each, version, strict=True)
+
+
+def test_a_slip_would_be_noticed() -> None:
+    slip = part("Deployment")
+    slip["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(slip, kubernetes_validate.latest_version(), strict=True)
+    del slip["spec"]["template"]["spec"]["containers"][0]["readynessProbe"]
+
+
+def test_probes_and_scrapes_ask_for_what_the_service_answers(server: Server) -> None:
+    (port,) = container()["ports"]
+    assert port["containerPort"] == setting("port")
+    paths = [container()[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")]
+    assert {each["port"] for each in paths} == {port["name"]}
+    annotations = part("Deployment")["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == str(port["containerPort"])
+    for path in (*(each["path"] for each in paths), annotations["prometheus.io/path"]):
+        assert server.client.get(path, headers={"Host": "10.1.2.3:8000"}).status_code == 200, path
+
+
+def test_everything_selects_the_same_pods() -> None:
+    labels = part("Deployment")["spec"]["template"]["metadata"]["labels"]
+    for selected in (
+        part("Deployment")["spec"]["selector"]["matchLabels"],
+        part("Service")["spec"]["selector"],
+        part("PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
+    ):
+        assert selected == labels
+    assert part("Service")["spec"]["ports"][0]["targetPort"] == container()["ports"][0]["name"]
+    assert part(OF_KEDA)["spec"]["scaleTargetRef"] == {"name": part("Deployment")["metadata"]["name"]}
+
+
+def test_there_is_time_for_the_streams_to_end() -> None:
+    pod = part("Deployment")["spec"]["template"]["spec"]
+    _, pause = container()["lifecycle"]["preStop"]["exec"]["command"]
+    assert pod["terminationGracePeriodSeconds"] >= int(pause) + setting("grace_s") + 5
+
+
+def test_image_user_and_settings_are_those_that_there_are() -> None:
+    assert container()["image"] == COMPOSE["services"]["service"]["image"]
+    user = part("Deployment")["spec"]["template"]["spec"]["securityContext"]["runAsUser"]
+    assert COMPOSE["services"]["service"]["user"] == f"{user}:{user}"
+    names = {each["name"].removeprefix("MOESCOPE_").lower() for each in container()["env"]}
+    assert names <= set(Settings.model_fields)
+    assert {each["value"] for each in container()["env"] if each["name"] == "MOESCOPE_THREADS"} == {
+        container()["resources"]["limits"]["cpu"]
+    }
+
+
+def test_it_scales_on_a_metric_that_there_is(server: Server) -> None:
+    queries = [each["metadata"]["query"] for each in part(OF_KEDA)["spec"]["triggers"]]
+    named = {name for query in queries for name in re.findall(r"moescope_(\w+)", query)}
+    assert named == {"requests_running", "requests_queued"}
+    assert all(server.metrics().total(name) == 0 for name in named)

@@ -1,0 +1,66 @@
+"""A server's entry for Prometheus: there while it serves, gone when it ends, and nobody's after a kill."""
+
+import json
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from service.targets import TargetsRefused, announce
+from tests.service.conftest import StartServer
+from tests.service.serving import run_to_the_end
+
+
+def targets(folder: Path) -> list[str]:
+    return [
+        target
+        for path in folder.glob("*.json")
+        for group in json.loads(path.read_text())
+        for target in group["targets"]
+    ]
+
+
+def test_a_server_names_itself_until_it_ends(start_server: StartServer, tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there yet"
+    one, two = (start_server("--targets", folder).wait_until_ready() for _ in range(2))
+    assert sorted(targets(folder)) == sorted(f"127.0.0.1:{each.port}" for each in (one, two))
+    assert {path.suffix for path in folder.iterdir()} == {".json"}
+    one.signal(signal.SIGTERM)
+    assert one.exit_code() == 0
+    assert targets(folder) == [f"127.0.0.1:{two.port}"]
+
+
+def test_what_a_killed_server_left_goes_with_the_next_and_nobody_else_s(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "targets"
+    killed, other = (start_server("--targets", folder).wait_until_ready() for _ in range(2))
+    (folder / "another-machine-1-2.json").write_text('[{"targets": ["another:2"]}]')
+    killed.process.kill()
+    killed.process.wait()
+    assert len(targets(folder)) == 3
+    following = start_server("--targets", folder).wait_until_ready()
+    assert set(targets(folder)) == {"another:2", *(f"127.0.0.1:{each.port}" for each in (other, following))}
+
+
+@pytest.mark.parametrize(
+    ("host", "told"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", socket.gethostname()), ("::1", "[::1]")]
+)
+def test_the_address_is_one_that_prometheus_can_ask(host: str, told: str, tmp_path: Path) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listener:
+        withdraw = announce(tmp_path, listener)
+        assert targets(tmp_path) == [f"{told}:{listener.getsockname()[1]}"]
+        withdraw()
+        assert targets(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path, checkpoint: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(TargetsRefused, match=r"^--targets .*file"):
+        announce(file, listener)
+    run = run_to_the_end("--port", "0", "--checkpoint", checkpoint, "--targets", file)
+    assert (run.returncode, run.stderr.count("\n")) == (1, 1)
+    assert run.stderr.startswith("moescope: --targets ")
