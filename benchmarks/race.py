@@ -76,18 +76,31 @@ def moescope(runner: str, setting: Setting) -> Iterator[Running]:
 
 
 @contextmanager
+def nobody(_: Setting) -> Iterator[Running]:
+    """What the client and the sockets would do if a server took no time."""
+    with _announced("the empty server", [sys.executable, "-m", "benchmarks.empty_server"], "nothing") as running:
+        yield running
+
+
+@contextmanager
 def llama(dtype: Literal["f32", "bf16"], setting: Setting) -> Iterator[Running]:
     python = interpreter_of(PEERS["llama.cpp"], setting.environments)
     arguments = (setting.gguf(dtype), setting.slots, setting.context, setting.threads)
-    command = [python, HERE / "peers" / "serve_llama.py", *arguments]
+    with _announced("llama.cpp", [python, HERE / "peers" / "serve_llama.py", *arguments], "model") as running:
+        yield running
+
+
+@contextmanager
+def _announced(name: str, command: Sequence[object], model: str) -> Iterator[Running]:
+    """A server that says on a line of its own where it is ready."""
     with _process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         for line in process.stdout:
             _, is_ready, url = line.partition("ready: ")
             if is_ready:
-                yield Running(url.strip(), process.pid, openai("model", seed=1))
+                yield Running(url.strip(), process.pid, openai(model, seed=1))
                 return
-        raise NoServer("llama.cpp did not start")
+        raise NoServer(f"{name} did not start")
 
 
 @contextmanager
@@ -133,12 +146,14 @@ def _wait_for(url: str, process: subprocess.Popen[str]) -> None:
     raise NoServer(f"{url} does not answer")
 
 
+OURS, EMPTY = "Moescope", "empty server"
 CONTESTANTS: dict[str, Callable[[Setting], Any]] = {
     "Moescope native": partial(moescope, "native"),
     "Moescope torch": partial(moescope, "torch"),
     "llama.cpp F32": partial(llama, "f32"),
     "llama.cpp BF16": partial(llama, "bf16"),
     "vLLM": vllm,
+    EMPTY: nobody,
 }
 
 
@@ -185,7 +200,9 @@ def ratios(found: dict[str, Any]) -> dict[int, float]:
     """Our tokens per second over those of the quickest other, by the number of streams that both have served."""
     best: tuple[dict[int, float], dict[int, float]] = {}, {}
     for name, each in found.items():
-        rates = best[not name.startswith("Moescope")]
+        if name == EMPTY:
+            continue
+        rates = best[not name.startswith(OURS)]
         for streams, row in each["streams"].items():
             rates[streams] = max(rates.get(streams, 0.0), row["tokens_per_second"])
     ours, theirs = best
@@ -195,7 +212,7 @@ def ratios(found: dict[str, Any]) -> dict[int, float]:
 def table(found: dict[str, Any]) -> str:
     """Markdown: a line for each number of streams of each contestant."""
     lines = [
-        "| streams | server | tokens/s | first token p50, p95, ms | next token p50, p95, p99, ms | CPU, us/token |",
+        "| streams | server | tokens/s | first token p50, p95, ms | next token p50, p95, p99 | CPU us/token, client |",
         "|---|---|---|---|---|---|",
     ]
     counts = sorted({streams for each in found.values() for streams in each["streams"]})
@@ -206,7 +223,8 @@ def table(found: dict[str, Any]) -> str:
             first, gap = row["first_token_ms"], row["inter_token_ms"]
             lines.append(
                 f"| {streams} | {name} | {row['tokens_per_second']:,.0f} | {first['p50']:.1f}, {first['p95']:.1f} | "
-                f"{gap['p50']:.2f}, {gap['p95']:.2f}, {gap['p99']:.2f} | {row['cpu_us_per_token']:,.0f} |"
+                f"{gap['p50']:.2f}, {gap['p95']:.2f}, {gap['p99']:.2f} | {row['cpu_us_per_token']:,.0f}, "
+                f"{row['client_cpu_us_per_token']:.0f} |"
             )
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ from service.docs import DOCS_PATHS, add_docs, require_key
 from service.engine.loading import EngineOptions, build_engine
 from service.engine.thread import EngineThread
 from service.errors import ApiError, answer_api_error, answer_http_exception
-from service.exchange import Exchange, keep_snapshots, watch
+from service.exchange import Exchange, keep_snapshots, nudge, watch
 from service.expert_window import ExpertWindow
 from service.guard import METRICS_PATH, PROBES, CrossOrigin, Guard, Hosts, split_list
 from service.logs import log_event
@@ -131,10 +131,11 @@ def _lifespan(
         exchange.attach(asyncio.get_running_loop())
         engine.start()
         watching = asyncio.create_task(watch(engine, exchange, stuck_after_s))
-        snapshots = asyncio.create_task(keep_snapshots(engine, window))
+        others = [asyncio.create_task(keep_snapshots(engine, window)), asyncio.create_task(nudge(exchange))]
         yield
         engine.drain()  # a second time, as a rule; the server may also stop for a reason of its own
         await watching  # which ends with the engine, or without it
-        snapshots.cancel()
+        for task in others:
+            task.cancel()
 
     return lifespan

@@ -19,6 +19,7 @@ from service.logs import log_event
 from service.metrics import Metrics
 
 LOOK_EVERY_S = 0.25
+NUDGE_EVERY_S = 1.0
 SECOND_LOOK_AFTER_S = 1.0
 FIGURES_WAIT_S = 0.5
 ANSWERING = frozenset({EnginePhase.READY, EnginePhase.DRAINING})
@@ -49,15 +50,18 @@ class TokenStream:
         self._is_abandoned = True
         self._news.set()
 
-    async def next_events(self, timeout_s: float | None = None) -> list[Event]:
-        """All events that are ready, at least one; none when the time is over first. Raises Abandoned."""
-        if not self._news.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await self._news.wait()
+    def nudge(self) -> None:
+        """Let whoever waits for events look at the clock."""
+        self._news.set()
+
+    async def next_events(self, patience_s: float = math.inf) -> list[Event]:
+        """All events that are ready, at least one; none after about so many seconds without. Raises Abandoned."""
+        asked_at = time.monotonic()
+        while not (self._events or self._is_abandoned) and time.monotonic() - asked_at < patience_s:
+            await self._news.wait()
+            self._news.clear()
         if self._is_abandoned:
             raise Abandoned
-        self._news.clear()
         events, self._events = self._events, []
         return events
 
@@ -99,8 +103,7 @@ class Exchange:
             stream = self._streams.get(sequence)
             if stream is None:  # ended by ``end_all``, and its engine has come back after all
                 continue
-            for event in events:
-                self._record(stream, event, at)
+            self._record(stream, events, at)
             stream.deliver(events)
 
     def end_all(self) -> None:
@@ -109,15 +112,21 @@ class Exchange:
         lost = [(sequence, (_lost(sequence, now),)) for sequence in self._streams]
         self._deliver(StepReport(tuple(lost)), now)
 
-    def _record(self, stream: TokenStream, event: Event, at: float) -> None:
-        if isinstance(event, Ended):
-            self._close(stream, event)
-            return
-        if stream.last_token_at is None:
+    def nudge(self) -> None:
+        for stream in self._streams.values():
+            stream.nudge()
+
+    def _record(self, stream: TokenStream, events: tuple[Event, ...], at: float) -> None:
+        ended = events[-1] if isinstance(events[-1], Ended) else None
+        num_tokens = len(events) - (ended is not None)
+        if num_tokens and stream.last_token_at is None:
             self._metrics.record_first_token(at - stream.sequence.created_at)
-        else:
-            self._metrics.record_next_token(at - stream.last_token_at)
-        stream.last_token_at = at
+            num_tokens, stream.last_token_at = num_tokens - 1, at
+        if num_tokens and stream.last_token_at is not None:
+            self._metrics.record_next_tokens(at - stream.last_token_at, num_tokens)
+            stream.last_token_at = at
+        if ended:
+            self._close(stream, ended)
 
     def _close(self, stream: TokenStream, ended: Ended) -> None:
         stream.has_ended = True
@@ -163,6 +172,13 @@ async def watch(engine: EngineThread, exchange: Exchange, stuck_after_s: float) 
             engine.give_up()
     await asyncio.sleep(LOOK_EVERY_S)  # in which an engine that failed by itself tells of its ends
     exchange.end_all()
+
+
+async def nudge(exchange: Exchange) -> None:
+    """Wakes all streams now and then for their pings: a timer for each wait was a sixth of a token's time here."""
+    while True:
+        await asyncio.sleep(NUDGE_EVERY_S)
+        exchange.nudge()
 
 
 async def keep_snapshots(engine: EngineThread, window: ExpertWindow) -> None:

@@ -8,7 +8,7 @@ from typing import Final, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -18,6 +18,7 @@ from service.engine.reports import Figures, StepReport
 from service.engine.sequence import Ended, FinishReason, Phase
 from service.engine.thread import EnginePhase, EngineThread
 from service.expert_window import ExpertWindow
+from service.histogram import Histogram
 
 SECONDS: Final = (
     *(0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
@@ -89,33 +90,38 @@ class Metrics:
         self._inter_token = self._seconds("inter_token", "Between two tokens of one request")
         self._queue = self._seconds("queue", "From accepting a request to giving it a slot")
         self._request = self._seconds("request", "From accepting a request to its end")
-        steps = Histogram(
-            "moescope_step_seconds", "One step of the engine", ["phase"], buckets=SECONDS, registry=self.registry
-        )
-        self._steps = {phase: steps.labels(phase) for phase in Phase}
-        self._batch_size = Histogram(
-            "moescope_batch_size", "Sequences decoded in one step", buckets=ROWS, registry=self.registry
-        )
+        phases = "phase", [phase.value for phase in Phase]
+        self._steps = self._histogram("step_seconds", "One step of the engine", SECONDS, phases)
+        self._batch_size = self._histogram("batch_size", "Sequences decoded in one step", ROWS)
         for outcome in OUTCOMES:
             for stream in ("true", "false"):
                 self._requests.labels(outcome, stream)
 
     def _seconds(self, name: str, help_text: str) -> Histogram:
-        return Histogram(f"moescope_{name}_seconds", help_text, buckets=SECONDS, registry=self.registry)
+        return self._histogram(f"{name}_seconds", help_text, SECONDS)
+
+    def _histogram(
+        self, name: str, help_text: str, bounds: Sequence[float], label: tuple[str, list[str]] | None = None
+    ) -> Histogram:
+        histogram = Histogram(f"moescope_{name}", help_text, bounds, label)
+        self.registry.register(histogram)
+        return histogram
 
     def record_step(self, report: StepReport) -> None:
         if report.phase is None:  # only news of sequences that ended between two steps
             return
-        for _ in range(report.steps):
-            self._steps[report.phase].observe(report.seconds / report.steps)
-            if report.phase is Phase.DECODE:
-                self._batch_size.observe(report.batch_size)
+        self._steps.observe(report.seconds / report.steps, report.steps, report.phase)
+        if report.phase is Phase.DECODE:
+            self._batch_size.observe(report.batch_size, report.steps)
 
     def record_first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)
 
-    def record_next_token(self, seconds: float) -> None:
+    def record_next_tokens(self, seconds: float, num_tokens: int) -> None:
+        """So many that came together, and so long after the one before them."""
         self._inter_token.observe(seconds)
+        if num_tokens > 1:
+            self._inter_token.observe(0.0, num_tokens - 1)
 
     def record_end(self, ended: Ended, *, stream: bool) -> None:
         self._queue.observe(ended.queue_s)

@@ -22,7 +22,7 @@ from service.errors import ApiError
 from service.reference import CHUNKS, GENERATING, answers, describe_body
 from service.routes import respond
 from service.schemas import Limits, StopString, Text, TextBody, TokenIds, parse_body
-from service.streaming import Generation, data_event, error_of, weights_of
+from service.streaming import Generation, data_event, encode_json, error_of, weights_of
 
 DEFAULT_TOKENS: Final = 16
 DONE: Final = b"data: [DONE]\n\n"
@@ -187,12 +187,15 @@ class Completion:
             "system_fingerprint": generation.fingerprint,
             "seed": generation.seed,
         }
+        self._around_text = None if body.tells_tokens else self._cut_a_chunk()
 
     def start_event(self) -> bytes:
         return b""
 
     def event(self, event: Event) -> bytes:
         if isinstance(event, DrawnToken):
+            if self._around_text:
+                return encode_json(event.text).encode().join(self._around_text)
             return data_event(self._chunk([self._choice([event])]))
         if (error := error_of(event)) is not None:
             return data_event({"error": error.describe(self._generation.id)})
@@ -205,6 +208,11 @@ class Completion:
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "choices": choices, **({"usage": None} if self._body.includes_usage else {})}
+
+    def _cut_a_chunk(self) -> list[bytes]:
+        """What stands before and after the text: between chunks nothing else changes. 0.5 instead of 10 us a token."""
+        no_text = "\0"  # which no name has
+        return data_event(self._chunk([self._choice([DrawnToken(0, 0, no_text)])])).split(encode_json(no_text).encode())
 
     def _folded(self) -> dict[str, str]:
         used = self._generation.prompt_used

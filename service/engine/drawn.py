@@ -6,11 +6,12 @@ Letters: T steps of one call, B rows, L layers, K experts per token, A alternati
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 from torch import Tensor
 
-from service.engine.sequence import DrawnToken, ExpertsPerLayer, Sequence, WeightsPerLayer
+from service.engine.sequence import DrawnToken, Sequence
 
 T = TypeVar("T")
 
@@ -61,32 +62,15 @@ class Rows:
 
     def token(self, step: int, row: int, sequence: Sequence) -> DrawnToken:
         token_id = self.token_ids[step][row]
-        logprob, top_logprobs = self._logprobs(step, row, sequence.num_logprobs)
-        expert_ids, expert_weights = self._routing(step, row) if sequence.return_routed_experts else (None, None)
-        return DrawnToken(
-            index=len(sequence.token_ids),
-            token_id=token_id,
-            text=sequence.spell(token_id),
-            logprob=logprob,
-            top_logprobs=top_logprobs,
-            routed_experts=expert_ids,
-            expert_weights=expert_weights,
-        )
-
-    def _routing(self, step: int, row: int) -> tuple[ExpertsPerLayer, WeightsPerLayer]:
-        assert self.expert_ids is not None
-        assert self.expert_weights is not None
-        return frozen(self.expert_ids[step][row]), frozen(self.expert_weights[step][row])
-
-    def _logprobs(
-        self, step: int, row: int, count: int | None
-    ) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
-        if count is None or self.logprobs is None:
-            return None, None
-        assert self.top_ids is not None
-        assert self.top_logprobs is not None
-        best = tuple(zip(self.top_ids[step][row][:count], self.top_logprobs[step][row][:count], strict=True))
-        return self.logprobs[step][row], best
+        token = DrawnToken(len(sequence.token_ids), token_id, sequence.spell(token_id))
+        if sequence.num_logprobs is not None and self.logprobs and self.top_ids and self.top_logprobs:
+            likeliest = zip(self.top_ids[step][row], self.top_logprobs[step][row], strict=True)
+            token.logprob = self.logprobs[step][row]
+            token.top_logprobs = tuple(islice(likeliest, sequence.num_logprobs))
+        if sequence.return_routed_experts and self.expert_ids and self.expert_weights:
+            token.routed_experts = frozen(self.expert_ids[step][row])
+            token.expert_weights = frozen(self.expert_weights[step][row])
+        return token
 
 
 def frozen(rows: list[list[T]]) -> tuple[tuple[T, ...], ...]:

@@ -1,4 +1,4 @@
-"""Chooses which sequences run next. Knows slots and lengths; has never heard of tensors or HTTP."""
+"""Chooses which sequences run next. Knows slots, lengths and the time; has never heard of tensors or HTTP."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from service.engine.sequence import Phase, Sequence
 
+READING_S = 0.02
+"""So long, and a chunk more, running streams wait at most while prompts are read."""
 # A prompt's last chunk is padded to a multiple of this, so that its shape depends on the prompt's length alone.
 PREFILL_ROWS = 16
 
@@ -33,9 +35,10 @@ class PrefillPlan:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Feed the last drawn token of every sequence."""
+    """Feed the last drawn token of every sequence; once only if somebody waits for the prompt to be read."""
 
     sequences: tuple[Sequence, ...]
+    somebody_waits: bool = False
     phase: Phase = Phase.DECODE
 
 
@@ -43,7 +46,11 @@ Plan = PrefillPlan | DecodePlan
 
 
 class Scheduler:
-    """The queue, the slots, and whose turn it is. First come, first served; prompts and running streams take turns."""
+    """The queue, the slots, and whose turn it is. First come, first served.
+
+    Prompts are read first, as many as READING_S has room for, at least a chunk: whoever waits for a first token waits
+    for all before it, and what then is drawn is drawn for a fuller house.
+    """
 
     def __init__(self, num_slots: int, prefill_chunk: int) -> None:
         assert num_slots >= 1
@@ -53,7 +60,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._free = list(range(num_slots))  # a heap: the lowest slot is taken first
-        self._last_phase = Phase.DECODE
+        self._reading_since: float | None = None  # None when the last step was running streams'
 
     @property
     def num_waiting(self) -> int:
@@ -91,18 +98,19 @@ class Scheduler:
             sequence.admitted_at = now
             self._running.append(sequence)
 
-    def schedule(self) -> Plan | None:
+    def schedule(self, now: float) -> Plan | None:
         """The next step: one chunk of the oldest unread prompt, or one token for everybody else, in turn.
 
         A paused sequence keeps its slot and is passed over. None when there is nobody else.
         """
         prompt = next((sequence for sequence in self._running if not sequence.is_prefilled), None)
         decoding = tuple(each for each in self._running if each.is_prefilled and not each.is_paused)
-        if prompt and (not decoding or self._last_phase is Phase.DECODE):
-            self._last_phase = Phase.PREFILL
+        has_time_to_read = self._reading_since is None or now - self._reading_since < READING_S
+        if prompt and (has_time_to_read or not decoding):
+            self._reading_since = now if self._reading_since is None else self._reading_since
             return self._chunk(prompt)
-        self._last_phase = Phase.DECODE
-        return DecodePlan(decoding) if decoding else None
+        self._reading_since = None
+        return DecodePlan(decoding, somebody_waits=prompt is not None) if decoding else None
 
     def holds(self, sequence: Sequence) -> bool:
         return sequence in self._running or sequence in self._waiting

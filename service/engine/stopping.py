@@ -13,13 +13,11 @@ def release(held: list[DrawnToken], stop: Sequence[str]) -> tuple[list[DrawnToke
 
     A stop string and what follows are dropped, the earliest one counts, and a token it cuts in two keeps its beginning.
     """
-    if not stop:
-        return _take(held, len(held)), False
     text = "".join(token.text for token in held)
     places = [place for each in stop if (place := text.find(each)) >= 0]
     if places:
         return _cut(held, min(places)), True
-    certain = len(text) - max(_overlap(text, each) for each in stop)
+    certain = len(text) - max((_overlap(text, each) for each in stop), default=0)
     lengths, count = 0, 0
     for token in held:
         lengths += len(token.text)

@@ -44,6 +44,15 @@ def test_openai_s_words_are_counted_as_ours_are(server: Server) -> None:
     assert [len(answer.token_times) for answer in theirs] == [len(answer.token_times) for answer in ours] == [12] * 6
 
 
+def test_the_empty_server_answers_every_token_and_is_nobody_s_peer(folder: Path, tmp_path: Path) -> None:
+    setting = Setting(checkpoint.load(folder), 2, 1, tmp_path, tmp_path)
+    with race.nobody(setting) as running:
+        answers = closed_loop(running.url, WORKLOAD.queues(CHARACTERS, 3), running.dialect)
+    assert [len(answer.token_times) for answer in answers] == [12] * 6
+    row = {"streams": {1: {"tokens_per_second": 900.0}}}
+    assert race.ratios({"Moescope": row, race.EMPTY: row}) == {}
+
+
 def test_a_server_s_cpu_and_memory_are_those_of_its_process(server: Server) -> None:
     pid = server.process.pid
     before = cpu_seconds(pid)

@@ -68,6 +68,13 @@ def test_a_step_that_raises_ends_who_runs_with_one_error_and_the_next_is_served(
     evidence("slowest, s after its last token", round(slowest, 3))
 
 
+def test_a_stream_with_nothing_to_say_is_pinged(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start(start_server, monkeypatch, "hang:5", "--stuck-after-s", 18)
+    told = asyncio.run(ask(server.port, body(1)))
+    assert told.content.count(b": ping\n\n") == 1
+    assert [name for name, _ in told.ends] == ["error"]
+
+
 @pytest.mark.parametrize(("fault", "within_s"), [("die", 2.0), ("hang", 6.0)])
 def test_an_engine_that_dies_or_hangs_ends_every_stream_and_then_the_process(
     start_server: StartServer,

@@ -6,9 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
 import pytest
+from prometheus_client import CollectorRegistry
 
 from model.config import ModelConfig
+from service.histogram import Histogram
 from service.metrics import MAX_EXPERT_SERIES, OUTCOMES, expert_detail
 from tests.checkpoints import tiny_checkpoint
 from tests.evidence import At, Evidence
@@ -31,6 +34,26 @@ def growth(before: Samples, after: Samples, name: str, **labels: object) -> floa
 def generations(log: str) -> list[dict[str, Any]]:
     lines = (json.loads(line) for line in log.splitlines())
     return [line for line in lines if line["event"] == "generated"]
+
+
+def test_a_histogram_says_what_prometheus_s_own_would() -> None:
+    bounds, values = (0.125, 0.5, 2.0), {"a": [(0.0, 3), (0.125, 1), (0.25, 2), (2.5, 7)], "b": []}
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    mine = Histogram("some_seconds", "Some", bounds, ("of", values))
+    ours.register(mine)
+    oracle = prometheus_client.Histogram("some_seconds", "Some", ["of"], buckets=bounds, registry=theirs)
+    for name, observed in values.items():
+        labelled = oracle.labels(name)
+        for value, times in observed:
+            mine.observe(value, times, name)
+            for _ in range(times):
+                labelled.observe(value)
+
+    def series(registry: CollectorRegistry) -> set[str]:
+        lines = prometheus_client.generate_latest(registry).decode().splitlines()
+        return {line for line in lines if "_created" not in line}
+
+    assert series(ours) == series(theirs)
 
 
 def test_the_counters_grow_by_what_the_requests_report_themselves(server: Server) -> None:

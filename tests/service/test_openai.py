@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from openai import OpenAI
 from openai.types import Completion as OpenAICompletion
@@ -426,6 +426,19 @@ def test_every_way_to_end_is_a_word_that_the_client_knows_or_an_error() -> None:
             assert CompletionAnswer.model_validate(first).choices[0].end_reason == reason
     chunk = Completion(generation, parse(body())).event(DrawnToken(0, 0, "\u2028\n"))
     assert chunk.count(b"\n") == 2
+
+
+@given(st.text(max_size=3) | st.sampled_from(VOCABULARY), st.booleans())
+@example("\0", True)
+@example('","text":"', True)
+def test_a_chunk_of_a_stream_is_json_as_the_encoder_writes_it(text: str, includes_usage: bool) -> None:
+    generation = Generation("an-id", "tiny", 7, {}, 1, None, ["a"], "0123456789ab")
+    completion = Completion(generation, parse(body(stream_options={"include_usage": includes_usage})))
+    written = completion.event(DrawnToken(0, 0, text)).decode()
+    chunk = json.loads(written.removeprefix("data: "))
+    assert written == f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    (choice,) = CompletionAnswer.model_validate(chunk).choices
+    assert (choice.text, choice.finish_reason, "usage" in chunk) == (text, None, includes_usage)
 
 
 def post(server: Server, path: str, **sent: object) -> httpx.Response:

@@ -3,10 +3,13 @@
 import asyncio
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from model.tokenizer import Tokenizer
+from service import streaming
 from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, SamplingParams, Sequence
 from service.errors import ApiError
 from service.exchange import TokenStream
@@ -24,6 +27,24 @@ ENDED = Ended(
 )
 
 
+SHIPPED = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "shakespeare")
+HOSTILE = [
+    "",
+    '"',
+    "\\",
+    '\\"',
+    "\0",
+    "\x1f\x7f",
+    "\u2028\u2029",
+    "\ufffd",
+    "\U0001f600",
+    "{}",
+    "%b%s",
+    '","text":"',
+    "\n\ndata: ",
+]
+
+
 @pytest.fixture
 def transcript() -> Transcript:
     return Transcript(Generation("an-id", "tiny", 7, {}, 3, None, ["\n", "a", "\u00e9"], "0123456789ab"))
@@ -39,6 +60,12 @@ def parsed(written: bytes) -> tuple[str, dict[str, Any]]:
 def test_an_event_is_one_data_line_whatever_is_in_it(transcript: Transcript) -> None:
     assert sse("token", {"text": "\n\r\u2028\u00e9"}, "an-id").count(b"\n") == 4
     assert parsed(transcript.event(DrawnToken(0, 0, "\n")))[1]["text"] == "\n"
+
+
+@pytest.mark.parametrize("text", [*SHIPPED.tokens, *HOSTILE])
+def test_a_plain_token_is_what_the_json_encoder_writes(transcript: Transcript, text: str) -> None:
+    written = transcript.event(DrawnToken(12, 34, text))
+    assert written == sse("token", {"index": 12, "text": text, "token_id": 34}, "0123456789ab:12")
 
 
 def test_the_end_has_the_text_the_usage_and_the_rates(transcript: Transcript) -> None:
@@ -69,6 +96,29 @@ def test_a_token_counts_as_taken_when_it_has_left_and_not_when_it_was_fetched(tr
         return [*taken, sequence.num_taken]
 
     assert asyncio.run(read()) == [0, 2, 4, 4]
+
+
+def test_whoever_hears_nothing_for_long_hears_a_ping(transcript: Transcript, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream is woken now and then; it says nothing unless it is time, and what comes then is told as ever."""
+
+    async def read() -> list[bytes]:
+        stream = TokenStream(Sequence((1,), SamplingParams()), "an-id", streams=True)
+        chunks = stream_events(transcript, stream, [DrawnToken(0, 1, "a")])
+        said = [await anext(chunks)]
+        for patience_s in (1000.0, 0.0):
+            monkeypatch.setattr(streaming, "PING_S", patience_s)
+            waiting = asyncio.ensure_future(anext(chunks))
+            for _ in range(5):
+                await asyncio.sleep(0)
+                stream.nudge()
+            if patience_s:
+                assert not waiting.done()
+                stream.deliver([DrawnToken(1, 1, "a")])
+            said.append(await waiting)
+        return said
+
+    start, token, ping = asyncio.run(read())
+    assert (start.count(b"event: token"), token.count(b"event: token"), ping) == (1, 1, b": ping\n\n")
 
 
 def test_a_single_token_has_no_speed(transcript: Transcript) -> None:

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from service.engine.scheduler import DecodePlan, PrefillPlan, Scheduler
+import pytest
+
+from service.engine.scheduler import READING_S, DecodePlan, PrefillPlan, Scheduler
 from service.engine.sequence import SamplingParams, Sequence
 
 
@@ -14,10 +16,10 @@ def sequence(length: int = 3) -> Sequence:
     return Sequence(tuple(range(length)), SamplingParams(), deadline_s=60.0)
 
 
-def run(scheduler: Scheduler) -> PrefillPlan | DecodePlan | None:
+def run(scheduler: Scheduler, now: float = 0.0) -> PrefillPlan | DecodePlan | None:
     """One step without a model: every plan is carried out at once."""
-    scheduler.admit(now=0.0)
-    plan = scheduler.schedule()
+    scheduler.admit(now)
+    plan = scheduler.schedule(now)
     if isinstance(plan, PrefillPlan):
         plan.sequence.num_prefilled += plan.num_tokens
     return plan
@@ -47,13 +49,26 @@ def test_a_waiting_sequence_can_be_taken_out() -> None:
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 0)
 
 
-def test_a_long_prompt_and_running_streams_take_turns() -> None:
-    scheduler = Scheduler(num_slots=2, prefill_chunk=16)
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_prompts_and_running_streams_take_turns_by_time(chunks: int) -> None:
+    """A chunk takes so long that just so many begin within a turn; a step takes nothing."""
+    scheduler, now = Scheduler(num_slots=4, prefill_chunk=16), 0.0
     scheduler.add(sequence())
     run(scheduler)
-    scheduler.add(sequence(length=64))
-    phases = [type(run(scheduler)) for _ in range(8)]
-    assert phases == [DecodePlan, PrefillPlan] * 4 or phases == [PrefillPlan, DecodePlan] * 4
+    assert run(scheduler) == DecodePlan(tuple(scheduler.running)), "nobody waits: let it go on"
+    for length in (64, 3, 200):
+        scheduler.add(sequence(length))
+    turns: list[int] = [0]
+    while (plan := run(scheduler, now)) and (isinstance(plan, PrefillPlan) or plan.somebody_waits):
+        if isinstance(plan, PrefillPlan):
+            turns[-1] += 1
+            now += READING_S / (chunks - 0.5)
+        else:
+            assert all(each.is_prefilled for each in plan.sequences)
+            turns.append(0)
+    assert sum(turns) == 4 + 1 + 13
+    assert turns[:-1] == [chunks] * (len(turns) - 1)
+    assert 1 <= turns[-1] <= chunks
 
 
 def test_the_shapes_of_a_prompt_depend_on_its_length_alone() -> None:
