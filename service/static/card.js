@@ -4,7 +4,7 @@ import { make, percent, tint } from "./dom.js";
 import { ranked } from "./text.js";
 
 const STEPS = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity };
-const NAMES = { __proto__: null, " ": "space", "\n": "line break" };
+const NAMES = { " ": "space", "\n": "line break" };
 
 export class Card {
   constructor(element, told, text) {
