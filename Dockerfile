@@ -1,5 +1,7 @@
 # The service alone, on the CPU; `--build-arg TORCH=cuda` takes PyPI's PyTorch with CUDA instead (a 7 GB image).
-FROM python:3.11-slim-bookworm AS packages
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS packages
 ARG TORCH=cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
@@ -14,14 +16,14 @@ RUN case "$TORCH" in \
     && /opt/venv/bin/python -m pip install --constraint constraints.txt --group run
 
 # The native step for any x86-64 processor of the last ten years; on others torch decodes, and the log says so.
-FROM python:3.11-slim-bookworm AS native
+FROM ${BASE} AS native
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
 COPY service service
 RUN if [ "$(uname -m)" = x86_64 ]; then python -m service.engine.native.library; else mkdir service/engine/native/built; fi
 
-FROM python:3.11-slim-bookworm
+FROM ${BASE}
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin moescope
 WORKDIR /app
 COPY --from=packages /opt/venv /opt/venv

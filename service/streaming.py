@@ -29,7 +29,8 @@ _ERROR_OF_REASON: Final = {
     FinishReason.STALLED: "stalled",
     FinishReason.QUEUE_TIMEOUT: "queue_timeout",
 }
-encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+# In ASCII: there are readers of streams who end a line at U+2028 or U+0085, which JSON would leave as they are.
+encode_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)

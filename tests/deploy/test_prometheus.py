@@ -153,6 +153,8 @@ def test_two_experts_that_do_it_all_are_reported_hot(server: Server, tmp_path: P
         assert len(prometheus.query('ALERTS{alertname="ExpertHot",alertstate="firing"}')) == 2
 
 
+# Two of the alerts are about seconds, and on a crowded machine they are right to fire.
+@pytest.mark.alone
 def test_ordinary_traffic_to_the_shipped_model_fires_nothing(corpus: Corpus, tmp_path: Path) -> None:
     """Passages of the validation text, continued, for longer than a dead expert needs to be reported."""
     server = Server(tmp_path / "log", "--threads", 1).wait_until_ready()
