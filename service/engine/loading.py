@@ -41,7 +41,7 @@ class EngineOptions:
     slots: int | None
     kv_memory_mib: int
     prefill_chunk: int
-    runner: str = "torch"
+    runner: str = "auto"
     fault: str | None = None
 
 

@@ -139,8 +139,7 @@ class Server:
     @property
     def cpu_seconds(self) -> float:
         """All its threads have used so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(~self.process.pid << 3 | 2)  # clock_getcpuclockid(3): /proc counts in 10 ms only
 
     def wait_for(self, **gauges: float) -> None:
         """Until the gauges ``moescope_<name>`` have these values."""

@@ -55,16 +55,15 @@ class Size:
     length: int
     least_tokens: int
     least_batch: float
-    least_ratio: float
     num_copies: int
 
 
 @pytest.fixture(scope="module", params=["tiny model", "shipped model"])
 def size(request: pytest.FixtureRequest, at: At) -> Size:
     if request.param.startswith("tiny"):
-        return at(Size(None, 1, 40, 2_000, 8, 2, 150), Size(None, 1, 1650, 100_000, 24, 4, 1000))
+        return at(Size(None, 1, 600, 25_000, 8, 150), Size(None, 1, 1650, 100_000, 24, 1000))
     shipped, threads = ROOT / "checkpoints" / "shakespeare", usable_cpus()
-    return at(Size(shipped, 1, 4, 150, 1, 0, 10), Size(shipped, threads, 170, 10_000, 24, 4, 200))
+    return at(Size(shipped, 1, 4, 150, 1, 10), Size(shipped, threads, 170, 10_000, 24, 200))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +109,6 @@ def test_every_stream_of_a_crowd_is_bitwise_what_it_is_alone(
     assert different == []
     steps, rows = (after.total(f"batch_size_{kind}") - before.total(f"batch_size_{kind}") for kind in ("count", "sum"))
     assert rows / steps >= size.least_batch, "that was no crowd"
-    assert rate / rate_alone >= size.least_ratio
     evidence("tokens compared", num_tokens)
     evidence("different", len(different))
     evidence("mean batch size", round(rows / steps, 1))
