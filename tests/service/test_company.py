@@ -61,7 +61,7 @@ class Size:
 @pytest.fixture(scope="module", params=["tiny model", "shipped model"])
 def size(request: pytest.FixtureRequest, at: At) -> Size:
     if request.param.startswith("tiny"):
-        return at(Size(None, 1, 600, 25_000, 8, 150), Size(None, 1, 1650, 100_000, 24, 1000))
+        return at(Size(None, 1, 400, 16_000, 8, 150), Size(None, 1, 3000, 160_000, 24, 1000))
     shipped, threads = ROOT / "checkpoints" / "shakespeare", usable_cpus()
     return at(Size(shipped, 1, 4, 150, 1, 10), Size(shipped, threads, 170, 10_000, 24, 200))
 
