@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
 from tests.checkpoints import tiny_checkpoint
-from tests.e2e.line import Line
+from tests.e2e.line import slow_line
 from tests.service.serving import Server
 
 
@@ -86,7 +86,7 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
         ) -> Visit:
             visit = Visit(context.new_page())
             visit.page.set_viewport_size({"width": width, "height": 800})
-            url = opened.enter_context(Line(server.port)).url if slowly else server.url
+            url = opened.enter_context(slow_line(server.port)) if slowly else server.url
             visit.page.goto(f"{url}{path}#{settings}")
             return visit
 

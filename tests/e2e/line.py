@@ -5,39 +5,33 @@ import socket
 import socketserver
 import threading
 import time
-from types import TracebackType
-from typing import Self
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from tests.service.crowd import narrow_connection
 
 BYTES_PER_S = 400_000
-"""About 1,500 letters with their experts. What the kernel and the server hold for who does not read is more than that."""
+"""About 1,500 letters with their experts."""
 PIECE = 4096
 
 
-class Line:
-    """Passes on what is said on a port of its own, whichever server is at the other end by then."""
+@contextmanager
+def slow_line(port: int) -> Iterator[str]:
+    """The address of its other end, from where whichever server listens at the port by then is reached."""
 
-    def __init__(self, port_of_server: int) -> None:
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                carry(self.request, port_of_server)
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            carry(self.request, port)
 
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as line:
+        line.daemon_threads = True
+        thread = threading.Thread(target=line.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{line.server_address[1]}"
+        finally:
+            line.shutdown()
+            thread.join()
 
 
 def carry(page: socket.socket, port: int) -> None:
@@ -54,15 +48,11 @@ def carry(page: socket.socket, port: int) -> None:
 
 
 def pump(source: socket.socket, target: socket.socket, bytes_per_s: int | None) -> None:
-    try:
+    with suppress(OSError):  # one of them is gone
         while piece := source.recv(PIECE):
             target.sendall(piece)
             if bytes_per_s:
                 time.sleep(len(piece) / bytes_per_s)
-    except OSError:
-        pass  # it is gone
     for end in (source, target):
-        try:
+        with suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
