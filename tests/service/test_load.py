@@ -7,7 +7,8 @@ import os
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -344,20 +345,28 @@ def test_an_idle_server_uses_less_than_a_hundredth_of_a_core(
     assert share < 0.01
 
 
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Who is started meanwhile stays there."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 @pytest.mark.alone
 def test_two_threads_on_one_core_do_at_least_half_of_what_one_does(
     start_server: StartServer, native_step: ctypes.CDLL, at: At, evidence: Evidence
 ) -> None:
     """By CPU time, of which there is a core's and no more; by the clock where nobody else wants the core."""
     streams, tokens = 8, at(60, 150)
-    servers = [
-        start_server("--checkpoint", SHIPPED, "--runner", "native", "--threads", threads, "--slots", streams)
-        for threads in (1, 2)
-    ]
+    with on_one_core():
+        flags = ("--checkpoint", SHIPPED, "--runner", "native", "--slots", streams)
+        servers = [start_server(*flags, "--threads", threads) for threads in (1, 2)]
     for server in servers:
         server.wait_until_ready()
-        for thread in server.threads:
-            os.sched_setaffinity(thread, {min(os.sched_getaffinity(0))})
     used: list[list[tuple[float, float]]] = [[], []]
     for _ in range(at(3, 15)):
         for server, times in zip(servers, used, strict=True):

@@ -1,5 +1,5 @@
-// The native step by itself, for `make sanitize`: bursts of random rows through random weights in shapes that reach every
-// branch, by one to three threads that have to agree on every number. What a sanitizer finds ends it.
+// The native step by itself, for `make sanitize`: bursts of random rows and prompts through random weights in shapes that
+// reach every branch, by one to three threads that have to agree on every number. What a sanitizer finds ends it.
 
 #include "step.cpp"
 
@@ -58,12 +58,9 @@ struct State {
   vector<int64_t> tokens, gate_weight;
 
   explicit State(const Shape &s)
-      : keys((size_t)s.layers * s.slots * s.kv_heads * s.ring * s.head_dim), values(keys.size()),
-        tokens((size_t)s.slots * s.layers * s.experts), gate_weight(tokens.size()) {}
-  Memory memory(const Shape &s) {
-    const int64_t stride = (int64_t)s.layers * s.experts;
-    return {keys.data(), values.data(), tokens.data(), gate_weight.data(), stride, stride};
-  }
+      : keys((size_t)s.layers * s.slots * s.kv_heads * ((s.ring + 15) / 16 * 16) * s.head_dim), values(keys.size()),
+        tokens((size_t)s.slots * 2 * s.layers * s.experts), gate_weight(tokens.size() / 2) {}
+  Memory memory() { return {keys.data(), values.data(), tokens.data(), gate_weight.data()}; }
 };
 
 struct Told {
@@ -73,8 +70,9 @@ struct Told {
   bool operator==(const Told &) const = default;
 };
 
-// Rows in slots of their own that have come beyond the ring's end, with every option on and off.
-Told burst(void *model, const Shape &s, int rows, int steps, int64_t seed) {
+// Rows with every option on and off: in slots of their own and beyond the ring's end or not, or else a prompt in one slot
+// that is read once and draws after its last row.
+Told burst(void *model, const Shape &s, int threads, int rows, int steps, bool is_prompt, int64_t seed) {
   Chance chance{std::mt19937_64((uint64_t)seed)};
   vector<int64_t> ids(rows), slots(rows), positions(rows), top_k(rows), seeds(rows);
   vector<double> temperature(rows), top_p(rows), min_p(rows);
@@ -85,12 +83,15 @@ Told burst(void *model, const Shape &s, int rows, int steps, int64_t seed) {
     top_p[r] = chance.below(2) ? 1 : 0.8, min_p[r] = chance.below(2) ? 0 : 0.05;
     if (s.experts > s.chosen && r % 2) disabled[((size_t)r * s.layers) * s.experts + chance.below(s.experts)] = 1;
   }
-  const size_t drawn = (size_t)steps * rows, routed = drawn * s.layers * s.chosen;
+  if (is_prompt)
+    for (int r = 0; r < rows; r++) slots[r] = slots[0], positions[r] = positions[0] + r;
+  const int drawing = is_prompt ? 1 : rows;
+  const size_t drawn = (size_t)steps * drawing, routed = drawn * s.layers * s.chosen;
   const bool wants_logits = seed % 2, is_knocked_out = seed % 3 == 0;
   Told told{vector<int64_t>(drawn), vector<int64_t>(routed), vector<uint8_t>(drawn), vector<float>(routed),
             vector<float>(wants_logits ? drawn * s.vocab : 0)};
   Steps now{};
-  now.rows = rows, now.steps = steps;
+  now.rows = rows, now.steps = steps, now.drawing = drawing, now.is_prompt = is_prompt, now.team = threads;
   now.ids = ids.data(), now.slots = slots.data(), now.positions = positions.data();
   now.disabled = is_knocked_out ? disabled.data() : nullptr;
   now.temperature = temperature.data(), now.top_p = top_p.data(), now.min_p = min_p.data();
@@ -110,6 +111,7 @@ bool is_sound(const Told &told, const Shape &s) {
 }
 
 struct Result {
+  int64_t fed = 0;
   vector<Told> told;
   vector<int64_t> tokens, gate_weight;
   bool operator==(const Result &) const = default;
@@ -117,13 +119,17 @@ struct Result {
 
 Result walk_through(const Shape &s, const Network &network, int threads) {
   State state(s);
-  const Memory memory = state.memory(s);
+  const Memory memory = state.memory();
   void *model = moescope_new(&s, &network.weights, &memory, threads);
   if (!model) return {};
   Result result;
   int64_t seed = 0;
   for (int rows : {1, 2, 7, 9, s.slots})
-    for (int steps : {1, 3, 16}) result.told.push_back(burst(model, s, rows, steps, seed++));
+    for (int steps : {1, 3, 16}) {
+      result.told.push_back(burst(model, s, threads, rows, steps, false, seed++));
+      result.told.push_back(burst(model, s, threads, 5 * rows, 1, true, seed++));
+      result.fed += rows * steps + 5 * rows;
+    }
   moescope_delete(model);
   result.tokens = state.tokens, result.gate_weight = state.gate_weight;
   return result;
@@ -144,14 +150,11 @@ int main() {
     Chance chance;
     const Network network(s, chance);
     const Result alone = walk_through(s, network, 1);
-    for (const Told &told : alone.told) {
+    for (const Told &told : alone.told)
       if (!is_sound(told, s)) return std::puts("a number that cannot be"), 1;
-      tokens += (long)told.token_ids.size();
-    }
     const int64_t routed = std::accumulate(alone.tokens.begin(), alone.tokens.end(), (int64_t)0);
-    int64_t fed = 0;
-    for (const Told &told : alone.told) fed += (int64_t)told.expert_ids.size();
-    if (alone.told.empty() || routed != fed) return std::puts("the books do not balance"), 1;
+    if (alone.told.empty() || routed != alone.fed * s.layers * s.chosen) return std::puts("the books do not balance"), 1;
+    tokens += (long)alone.fed;
     for (int threads : {2, 3})
       if (walk_through(s, network, threads) != alone) return std::printf("%d threads differ from one\n", threads), 1;
   }

@@ -90,9 +90,7 @@ def read(runner: Runner, ids: Tensor, rows: int, start: int = 0) -> list[Drawn]:
 
 
 @torch.inference_mode()
-def read_prompt(
-    runner: Runner, ids: Tensor, chunks: list[int], slot: int = 0, wishes: Wishes | None = None
-) -> Drawn:
+def read_prompt(runner: Runner, ids: Tensor, chunks: list[int], slot: int = 0, wishes: Wishes | None = None) -> Drawn:
     """Read a prompt (T,) in chunks of these lengths, and draw what comes next."""
     start, drawn = 0, None
     for chunk in ids.split(chunks):
