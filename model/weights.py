@@ -30,7 +30,7 @@ def dump(model: Transformer) -> bytes:
 
 def read(path: Path, config: ModelConfig) -> Transformer:
     """A model in float32 with the file's weights: exact keys, shapes and dtype, all finite. Raises WrongWeights."""
-    # Not on the meta device, where a draw from a normal distribution imports a compiler of 800 modules: a second's work.
+    # Not on the meta device: to draw a normal number there imports a compiler of 800 modules, which takes a second.
     model = Transformer(config)
     try:
         with safe_open(path, framework="pt") as file:
