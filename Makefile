@@ -7,7 +7,7 @@ CODE := $(wildcard service model training benchmarks scripts tests)
 given = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
 
 .NOTPARALLEL:
-.PHONY: help serve test test-ray train lint bench bench-interop bench-peers prove evidence walkthrough dashboards traffic no-python
+.PHONY: help serve test test-ray train lint sanitize bench bench-interop bench-peers prove evidence walkthrough dashboards traffic no-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ lint: .venv/lint.stamp ## ruff, mypy, the import direction, Dockerfile, compose 
 	@.venv/bin/docker-compose -f docker-compose.yml --profile demo config --quiet
 	@.venv/bin/docker-compose -f docker-compose.yml -f docker-compose.gpu.yml --profile demo config --quiet
 	@$(PY) -m scripts.dashboards --check
+
+sanitize: .venv/test.stamp ## run the native step under AddressSanitizer, UBSan and ThreadSanitizer, a minute
+	@exec $(PY) -m pytest tests/service/engine/test_sanitizers.py -v $(ARGS)
 
 bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
 	@$(PY) -m benchmarks $(ARGS)

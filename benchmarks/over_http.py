@@ -90,7 +90,7 @@ def family(pid: int | None) -> list[int]:
 
 
 @contextmanager
-def server_process(checkpoint: Path, slots: int, threads: int, runner: str = "torch") -> Iterator[Target]:
+def server_process(checkpoint: Path, slots: int, threads: int, runner: str = "auto") -> Iterator[Target]:
     """Raises NoServer when it does not start; it has said why."""
     sizes = ("--slots", slots, "--threads", threads)
     flags = ("--port", 0, "--checkpoint", checkpoint, *sizes, "--runner", runner, "--log-level", "warning")

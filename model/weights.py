@@ -30,7 +30,8 @@ def dump(model: Transformer) -> bytes:
 
 def read(path: Path, config: ModelConfig) -> Transformer:
     """A model in float32 with the file's weights: exact keys, shapes and dtype, all finite. Raises WrongWeights."""
-    model = Transformer(config)  # not on "meta": to initialise there, torch imports its compiler, which takes a second
+    # Not on the meta device: to draw a normal number there imports a compiler of 800 modules, which takes a second.
+    model = Transformer(config)
     try:
         with safe_open(path, framework="pt") as file:
             _check_names(set(file.keys()), {name for name, _ in _named(model)})

@@ -41,7 +41,7 @@ class Settings(BaseSettings):
         "auto", description="where the model runs; auto is cuda if there is one"
     )
     runner: Literal["auto", "native", "torch"] = Field(
-        "torch", description="what decodes on a CPU; auto is the native step, and torch where that cannot be had"
+        "auto", description="what decodes on a CPU; auto is the native step, and torch where that cannot be had"
     )
     threads: int = Field(default_factory=usable_cpus, ge=1, le=1024, description="CPU threads of the model")
     slots: int | None = Field(

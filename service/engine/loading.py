@@ -41,7 +41,7 @@ class EngineOptions:
     slots: int | None
     kv_memory_mib: int
     prefill_chunk: int
-    runner: str = "torch"
+    runner: str = "auto"
     fault: str | None = None
 
 
@@ -84,7 +84,8 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
         row_multiple=row_multiple,
         fingerprint=_fingerprint(loaded, options, runner, slots, row_multiple),
     )
-    log.info("the model is on %s, %d threads, %d slots of %.0f MiB in all", device, info.threads, slots, info.cache_mib)
+    place = f"{device}, decoded by {info.runner}"
+    log.info("the model is on %s, %d threads, %d slots of %.0f MiB in all", place, info.threads, slots, info.cache_mib)
     if options.fault:
         engine.runner = FaultyRunner(runner, options.fault)
     return engine, info

@@ -17,6 +17,6 @@ export async function* readEvents(body) {
 }
 
 function parse(block) {
-  const fields = Object.fromEntries(block.split(/\r?\n/).map((line) => line.split(/: ?(.*)/)));
+  const fields = Object.fromEntries(block.split(/\r?\n/).map((line) => line.split(/: ?([^]*)/)));
   return { id: fields.id, name: fields.event, data: fields.data && JSON.parse(fields.data) };
 }

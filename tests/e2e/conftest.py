@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_pla
 
 from tests import checkpoints
 from tests.checkpoints import tiny_checkpoint
+from tests.e2e.line import slow_line
 from tests.service.serving import Server
 
 
@@ -88,13 +90,17 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[OpenPage]:
-    """Opens a server's page; `width` in pixels, what is behind the # as `settings`."""
-    with browser.new_context(permissions=["clipboard-read", "clipboard-write"]) as context:
+    """Opens a server's page; `width` in pixels, what is behind the # as `settings`, over a slow line if `slowly`."""
+    with ExitStack() as opened:
+        context = opened.enter_context(browser.new_context(permissions=["clipboard-read", "clipboard-write"]))
 
-        def open_page(server: Server, settings: str = "", width: int = 1280, path: str = "/") -> Visit:
+        def open_page(
+            server: Server, settings: str = "", width: int = 1280, path: str = "/", *, slowly: bool = False
+        ) -> Visit:
             visit = Visit(context.new_page())
             visit.page.set_viewport_size({"width": width, "height": 800})
-            visit.page.goto(f"{server.url}{path}#{settings}")
+            url = opened.enter_context(slow_line(server.port)) if slowly else server.url
+            visit.page.goto(f"{url}{path}#{settings}")
             return visit
 
         yield open_page

@@ -86,7 +86,7 @@ def token_events(page: Page) -> list[dict[str, Any]]:
 
 
 def test_text_appears_in_several_updates_before_the_end(server: Server, open_page: OpenPage) -> None:
-    page = open_page(server, settings(max_new_tokens=600)).page
+    page = open_page(server, settings(max_new_tokens=600), slowly=True).page
     page.evaluate(
         """() => {
             window.lengths = [];
@@ -104,7 +104,7 @@ def test_text_appears_in_several_updates_before_the_end(server: Server, open_pag
 
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_stop_ends_the_stream_and_frees_the_slot(server: Server, open_page: OpenPage, how: str) -> None:
-    page = open_page(server, settings(max_new_tokens=4096)).page
+    page = open_page(server, settings(max_new_tokens=4096), slowly=True).page
     num_cancelled = server.metrics().total("requests_total", outcome="cancelled")
     generate(page)
     wait_for_letters(page, 20)
@@ -133,7 +133,7 @@ def test_a_letter_has_the_tint_and_number_of_its_top_expert_in_every_layer(serve
 
 
 def test_switching_layers_while_text_comes_tints_old_and_new_letters(server: Server, open_page: OpenPage) -> None:
-    page = open_page(server, settings(max_new_tokens=600)).page
+    page = open_page(server, settings(max_new_tokens=600), slowly=True).page
     generate(page)
     wait_for_letters(page, 50)
     choose_layer(page, 1)
@@ -261,7 +261,7 @@ def test_a_narrow_page_does_not_scroll_sideways(
 def test_a_server_that_comes_late_fills_up_and_goes_away_is_told_in_words(
     narrow_server: Server, open_page: OpenPage
 ) -> None:
-    page = open_page(narrow_server.wait_until_it_listens(), settings(max_new_tokens=4096)).page
+    page = open_page(narrow_server.wait_until_it_listens(), settings(max_new_tokens=4096), slowly=True).page
     expect_state(page, "Ready.")
     generate(page)
     wait_for_letters(page, 5)
@@ -341,7 +341,7 @@ def test_the_curl_line_for_a_server_with_a_key_takes_it_from_the_environment(
 def test_a_text_goes_on_with_the_key_and_ends_in_words_when_the_key_is_another(
     lock: Callable[[str], Server], open_page: OpenPage
 ) -> None:
-    page = open_page(lock(KEY), settings(max_new_tokens=2000)).page
+    page = open_page(lock(KEY), settings(max_new_tokens=2000), slowly=True).page
     give_key(page, KEY)
     generate(page)
     wait_for_letters(page, 5)

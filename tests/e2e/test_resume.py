@@ -108,14 +108,15 @@ def assert_heatmap(page: Page, tokens: list[dict[str, Any]]) -> None:
 def test_a_text_on_the_page_outlives_its_killed_server_to_the_letter(
     serve: Serve, open_page: OpenPage, at: At, evidence: Evidence
 ) -> None:
-    num_kills, num_tokens = at(1, 5), at(1000, 4000)
-    moments = sorted(random.Random(6).sample(range(20, num_tokens - 300), num_kills))
+    num_kills, num_tokens = at(1, 5), at(2000, 4000)
+    moments = sorted(random.Random(6).sample(range(20, num_tokens - 1000), num_kills))  # the last may be on their way
     server = serve()
-    page = open_page(server, settings(max_new_tokens=num_tokens, seed="")).page
+    page = open_page(server, settings(max_new_tokens=num_tokens, seed=""), slowly=True).page
     generate(page)
     for moment in moments:
         wait_for_letters(page, moment)
         kill(server)
+        expect_state(page, PICKING_UP)
         server = serve()
     wait_until_done(page)
 
@@ -131,7 +132,7 @@ def test_a_text_on_the_page_outlives_its_killed_server_to_the_letter(
 
 def test_after_a_shutdown_the_figures_go_on_where_they_were(serve: Serve, open_page: OpenPage) -> None:
     server = serve("--grace-s", 0)
-    page = open_page(server, settings(max_new_tokens=4096)).page
+    page = open_page(server, settings(max_new_tokens=4096), slowly=True).page
     generate(page)
     wait_for_letters(page, 100)
     server.signal(signal.SIGTERM)
@@ -157,7 +158,7 @@ def test_after_a_shutdown_the_figures_go_on_where_they_were(serve: Serve, open_p
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_the_waiting_for_a_server_can_be_stopped(serve: Serve, open_page: OpenPage, how: str) -> None:
     server = serve()
-    visit = hurry(open_page(server, settings(max_new_tokens=4096)), times=20)
+    visit = hurry(open_page(server, settings(max_new_tokens=4096), slowly=True), times=20)
     page = visit.page
     generate(page)
     wait_for_letters(page, 50)
@@ -178,7 +179,7 @@ def test_the_waiting_for_a_server_can_be_stopped(serve: Serve, open_page: OpenPa
 
 def test_a_server_with_another_model_cannot_go_on(serve: Serve, open_page: OpenPage, tmp_path: Path) -> None:
     server = serve()
-    page = open_page(server, settings(max_new_tokens=4096)).page
+    page = open_page(server, settings(max_new_tokens=4096), slowly=True).page
     generate(page)
     wait_for_letters(page, 50)
     kill(server)
@@ -193,7 +194,7 @@ def test_a_server_with_another_model_cannot_go_on(serve: Serve, open_page: OpenP
 
 def test_after_two_minutes_it_gives_up_and_keeps_the_text(serve: Serve, open_page: OpenPage) -> None:
     server = serve()
-    page = hurry(open_page(server, settings(max_new_tokens=4096)), times=20).page
+    page = hurry(open_page(server, settings(max_new_tokens=4096), slowly=True), times=20).page
     generate(page)
     wait_for_letters(page, 50)
     kill(server)
@@ -206,14 +207,14 @@ def test_after_two_minutes_it_gives_up_and_keeps_the_text(serve: Serve, open_pag
 
 def test_a_server_that_falls_silent_is_asked_again(serve: Serve, open_page: OpenPage) -> None:
     server = serve()
-    page = hurry(open_page(server, settings(max_new_tokens=600)), times=6).page
+    page = hurry(open_page(server, settings(max_new_tokens=2000), slowly=True), times=6).page
     generate(page)
     wait_for_letters(page, 50)
     server.signal(signal.SIGSTOP)  # its connections stay open
     expect_state(page, PICKING_UP)
     server.signal(signal.SIGCONT)
     wait_until_done(page)
-    assert_letters(page, tokens_alone(server, page, 600))
+    assert_letters(page, tokens_alone(server, page, 2000))
 
 
 # Below, what the server really wrote is damaged on its way to the page.

@@ -189,3 +189,15 @@ def test_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path, at: At, 
             step = runs.step_of(folder) + 1
     assert inside, "no kill came while a folder was half written, so this proved nothing"
     evidence("kill -9 while saving, checkpoints lost", f"0 of {kills} ({inside} left a folder half written)")
+
+
+def test_loading_imports_no_compiler(tmp_path: Path) -> None:
+    """Which takes a second of every start."""
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    program = (
+        "import sys; from pathlib import Path; from model import checkpoint;"
+        "checkpoint.load(Path(sys.argv[1])); print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
+    assert "torch" in loaded.stdout.split()
+    assert not {"sympy", "torch._dynamo", "torch._inductor"} & set(loaded.stdout.split())

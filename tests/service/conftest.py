@@ -1,13 +1,18 @@
-"""Servers for the tests of the edge: real processes on loopback ports with a tiny checkpoint of random weights."""
+"""Servers for the tests of the edge: real processes on loopback ports with a tiny checkpoint of random weights; and the
+native step, for those that need it."""
 
+import ctypes
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import pytest
 import torch
 
+from service.engine.native import library
+from service.engine.native.library import NoLibrary
 from tests.checkpoints import tiny_checkpoint
 from tests.service.serving import FOR_EVER, Server
 
@@ -54,3 +59,29 @@ def start_server(checkpoint: Path, tmp_path: Path) -> Iterator[StartServer]:
     yield start
     for server in started:
         server.stop()
+
+
+@contextmanager
+def skipped_without_a_compiler() -> Iterator[None]:
+    try:
+        yield
+    except NoLibrary as missing:
+        pytest.skip(f"no native step: {missing} (Debian: apt install g++)")
+
+
+@pytest.fixture(scope="session")
+def native_step() -> ctypes.CDLL:
+    """As it is compiled where it runs."""
+    with skipped_without_a_compiler():
+        return library.load()
+
+
+@pytest.fixture(scope="session")
+def portable_step(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """As it is compiled for an image."""
+    if not library.runs_portable():
+        pytest.skip(f"the image's native step needs a processor with all of {library.PORTABLE}")
+    target = tmp_path_factory.mktemp("built") / "step.so"
+    with skipped_without_a_compiler():
+        library.compile_for(library.PORTABLE, target)
+    return ctypes.CDLL(str(target))

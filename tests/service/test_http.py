@@ -225,7 +225,8 @@ def test_info_says_what_is_served_and_within_which_limits(server: Server) -> Non
     assert info["defaults"] == {"max_new_tokens": 256, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     assert info["batch_invariance"] == {"holds": True, "row_multiple": 4}
     assert (info["phase"], info["slots"], info["threads"]) == ("ready", 4, 1)
-    assert all((info["device"], info["runner"], info["versions"]["torch"]))
+    assert info["runner"] in ("native", "torch")
+    assert all((info["device"], info["versions"]["torch"]))
     assert len(info["checkpoint"]) == 12
 
 

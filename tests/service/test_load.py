@@ -1,11 +1,14 @@
 """Under load, for long and beyond what can be served: nothing grows, streams flow, and a refusal is honest."""
 
 import asyncio
+import ctypes
 import itertools
+import os
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -326,13 +329,58 @@ async def overload(port: int, tokens: int, rate: float, seconds: float) -> Crush
     return crush
 
 
-def test_an_idle_server_uses_less_than_a_hundredth_of_a_core(server: Server, at: At, evidence: Evidence) -> None:
+def test_an_idle_server_uses_less_than_a_hundredth_of_a_core(
+    start_server: StartServer, at: At, evidence: Evidence
+) -> None:
+    """Its team of threads has worked before, and waits."""
+    server = start_server("--threads", 2).wait_until_ready()
+    server.answer(max_new_tokens=500)
     server.wait_for(requests_running=0)
     used, began = server.cpu_seconds, time.monotonic()
     time.sleep(at(5, 60))  # this is what is measured
     share = (server.cpu_seconds - used) / (time.monotonic() - began)
+    evidence("decoded by", server.client.get("/info").json()["runner"])
+    evidence("threads of the process", len(server.threads))
     evidence("percent of a core", 100 * share)
     assert share < 0.01
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Who is started meanwhile stays there."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.alone
+def test_two_threads_on_one_core_do_at_least_half_of_what_one_does(
+    start_server: StartServer, native_step: ctypes.CDLL, at: At, evidence: Evidence
+) -> None:
+    """By CPU time, of which there is a core's and no more; by the clock where nobody else wants the core."""
+    streams, tokens = 8, at(60, 150)
+    with on_one_core():
+        flags = ("--checkpoint", SHIPPED, "--runner", "native", "--slots", streams)
+        servers = [start_server(*flags, "--threads", threads) for threads in (1, 2)]
+    for server in servers:
+        server.wait_until_ready()
+    used: list[list[tuple[float, float]]] = [[], []]
+    for _ in range(at(3, 15)):
+        for server, times in zip(servers, used, strict=True):
+            began = time.monotonic(), server.cpu_seconds
+            answers = asyncio.run(at_once(ask(server.port, {"max_new_tokens": tokens}) for _ in range(streams)))
+            assert all(is_complete(told) for told in answers)
+            times.append((time.monotonic() - began[0], server.cpu_seconds - began[1]))
+    one, two = ([median(each) for each in zip(*times, strict=True)] for times in used)
+    by_clock, by_cpu = (alone / shared for alone, shared in zip(one, two, strict=True))
+    evidence("streams", streams)
+    evidence("speed of two threads over that of one, by CPU time and by the clock", f"{by_cpu:.2f}, {by_clock:.2f}")
+    assert by_cpu >= 0.5
+    if at.full_size:
+        assert by_clock >= 0.5
 
 
 def test_who_waits_too_long_is_a_504_and_who_runs_too_long_ends_as_timed_out(

@@ -3,12 +3,20 @@
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 
+from service.cpus import usable_cpus
+from tests.evidence import At, Evidence
 from tests.service.conftest import StartServer
-from tests.service.serving import run_to_the_end
+from tests.service.serving import ROOT, run_to_the_end
+
+SHIPPED = ROOT / "checkpoints" / "shakespeare"
 
 
 def damaged(checkpoint: Path, folder: Path, name: str, how: str) -> Path:
@@ -78,6 +86,29 @@ def test_what_only_loading_finds_out_ends_the_process_with_one_line_that_says_wh
     assert line.startswith("moescope: ")
     assert "--kv-memory-mib" in line
     assert "Traceback" not in server.log
+
+
+@pytest.mark.alone
+def test_it_is_ready_two_seconds_after_its_start_but_for_what_importing_torch_takes(
+    start_server: StartServer, at: At, evidence: Evidence
+) -> None:
+    start_server("--checkpoint", SHIPPED).wait_until_ready().stop()  # all is compiled and in the cache
+    importing, starting, used = [], [], []
+    for _ in range(at(1, 7)):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import torch"], check=True)
+        importing.append(time.monotonic() - began)
+        began = time.monotonic()
+        server = start_server("--checkpoint", SHIPPED, "--threads", usable_cpus()).wait_until_ready()
+        starting.append(time.monotonic() - began)
+        assert server.client.get("/readyz").status_code == 200
+        used.append(server.cpu_seconds)
+        server.stop()
+    evidence("seconds from start to ready, median", median(starting))
+    evidence("of which importing torch takes", median(importing))
+    evidence("CPU seconds until ready, torch and all", median(used))
+    if at.full_size:  # how long it takes says nothing on a busy machine
+        assert median(starting) - median(importing) < 2
 
 
 def test_it_answers_while_it_loads_and_ctrl_c_then_ends_it_without_an_error(start_server: StartServer) -> None:

@@ -40,22 +40,27 @@ def load() -> ctypes.CDLL:
         raise NoLibrary(f"it does not load ({error})") from None
 
 
+def compiler() -> str | None:
+    """Where there is one: CXX, or else the usual names."""
+    names = (os.environ.get("CXX"), *COMPILERS)
+    return next(filter(None, (shutil.which(name) for name in names if name)), None)
+
+
 def compile_for(march: str, target: Path) -> None:
     """Compile for a processor as -march names it. A reader of the target never sees a half. Raises NoLibrary."""
-    names = (os.environ.get("CXX"), *COMPILERS)
-    compiler = next(filter(None, (shutil.which(name) for name in names if name)), None)
-    if compiler is None:
+    command = compiler()
+    if command is None:
         raise NoLibrary("there is no C++ compiler here")
     try:
         target.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             output = Path(folder) / target.name
-            command = [compiler, *FLAGS, f"-march={march}", "-o", str(output), str(SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILING_S)
+            whole = [command, *FLAGS, f"-march={march}", "-o", str(output), str(SOURCE)]
+            subprocess.run(whole, check=True, capture_output=True, text=True, timeout=COMPILING_S)
             output.replace(target)
     except subprocess.CalledProcessError as error:
         complaint = next((line for line in error.stderr.splitlines() if "error" in line), "it says nothing")
-        raise NoLibrary(f"{compiler} cannot compile it ({complaint})") from None
+        raise NoLibrary(f"{command} cannot compile it ({complaint})") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoLibrary(f"it cannot be compiled ({error})") from None
 

@@ -1,0 +1,63 @@
+"""From a folder to a warm engine: which runner it gets, and what is said where that is the slower one."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.engine.engine import Engine
+from service.engine.loading import EngineOptions, build_engine
+from service.engine.native import library
+from service.engine.thread import CannotServe, EngineInfo
+from tests.checkpoints import tiny_checkpoint
+
+
+def build(folder: Path, **options: Any) -> tuple[Engine, EngineInfo]:
+    wanted = EngineOptions(folder, "cpu", threads=1, slots=2, kv_memory_mib=64, prefill_chunk=16, **options)
+    return build_engine(wanted, lambda phase: None)
+
+
+def warnings(log: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
+
+
+@pytest.fixture
+def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "BUILT", tmp_path / "built")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+
+
+def test_the_native_step_decodes_where_it_can_be_had(
+    native_step: ctypes.CDLL, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    assert build(folder)[1].runner == "native"
+    assert build(folder, runner="torch")[1].runner == "torch"
+    assert warnings(caplog) == []
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_torch_decodes_and_one_line_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    assert build(folder)[1].runner == "torch"
+    (line,) = warnings(caplog)
+    assert "torch decodes" in line
+    assert "no C++ compiler" in line
+    with pytest.raises(CannotServe, match="--runner is native, but there is no C"):
+        build(folder, runner="native")
+
+
+def test_a_model_that_it_does_not_know_is_decoded_by_torch_and_one_line_says_why(
+    native_step: ctypes.CDLL, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "grouped", num_experts=16, num_groups=4)
+    assert build(folder)[1].runner == "torch"
+    (line,) = warnings(caplog)
+    assert "two levels of gating" in line
