@@ -14,7 +14,7 @@ from service.engine.counters import ExpertCounters
 from service.engine.drawn import Drawn, Rows, frozen
 from service.engine.reports import Delivery, Figures, StepReport
 from service.engine.runner import Runner
-from service.engine.scheduler import Plan, PrefillPlan, Scheduler
+from service.engine.scheduler import DecodePlan, Plan, PrefillPlan, Scheduler
 from service.engine.sequence import BY_ITSELF, DrawnToken, Ended, Event, FinishReason, Phase, Sequence
 from service.engine.stopping import release
 
@@ -26,6 +26,8 @@ BURST_S = 0.01
 
 Every burst wakes every stream once, which at 64 streams costs a quarter of what a step does.
 """
+BURST_WHILE_OTHERS_WAIT_S = 0.002
+"""The same while prompts are unread: a tenth of the time that they are given."""
 TELLS_ALL = BY_ITSELF | {FinishReason.TIMEOUT}
 
 
@@ -45,6 +47,7 @@ class Engine:
         self._clock = clock
         self._fed = dict.fromkeys(Phase, 0)
         self._generated = 0
+        self._num_rows = 1  # of the step that last took step_s
         self._step_s = BURST_S
         self._news: list[Delivery] = []  # not told yet: no end is lost when what comes after it raises
 
@@ -84,20 +87,22 @@ class Engine:
         plan = self._scheduler.schedule(started)
         if plan is None:
             return StepReport(())
-        steps = 1 if isinstance(plan, PrefillPlan) or plan.somebody_waits else self._burst(plan.sequences)
+        steps = 1 if isinstance(plan, PrefillPlan) else self._burst(plan)
         drawn = self.runner.run(build_batch(plan, self.runner.layout), steps)
         if isinstance(plan, PrefillPlan):
             plan.sequence.num_prefilled += plan.num_tokens
             self._feed(plan.sequence, Phase.PREFILL, plan.num_tokens)
         else:
-            self._step_s = (self._clock() - started) / steps
+            self._step_s, self._num_rows = (self._clock() - started) / steps, len(plan.sequences)
         if drawn:
             self._deliver(plan, drawn)
         return StepReport(self._take_news(), plan.phase, self._clock() - started, len(plan.sequences), steps)
 
-    def _burst(self, sequences: tuple[Sequence, ...]) -> int:
+    def _burst(self, plan: DecodePlan) -> int:
         """How many steps to make at once: none for nothing, none beyond what a reader may leave unread."""
-        most = [self.runner.most_steps, round(BURST_S / self._step_s)]
+        sequences = plan.sequences
+        step_s = self._step_s * max(1.0, len(sequences) / self._num_rows)  # no more than that, if many have come
+        most = [self.runner.most_steps, round((BURST_WHILE_OTHERS_WAIT_S if plan.somebody_waits else BURST_S) / step_s)]
         most += [max(each.params.max_new_tokens - len(each.token_ids) for each in sequences)]
         most += [each.may_be_unread for each in sequences if each.may_be_unread is not None]
         return max(1, min(most))

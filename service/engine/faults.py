@@ -26,7 +26,7 @@ class FaultyRunner:
         self._inner = inner
         self._faults = {int(step): kind for kind, _, step in (each.partition(":") for each in fault.split(","))}
         self._step = 0
-        self.name = inner.name
+        self.name, self.build = inner.name, inner.build
         self.most_steps = 1  # or a step would be hidden in the middle of others
 
     @property

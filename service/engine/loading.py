@@ -122,6 +122,7 @@ def _fingerprint(
     facts = (
         loaded.manifest.fingerprint,
         runner.name,
+        runner.build,
         row_multiple,
         device.type,
         torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),

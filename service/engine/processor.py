@@ -10,12 +10,13 @@ CPUINFO = Path("/proc/cpuinfo")
 
 def cpu_model() -> str:
     """What the processor calls itself."""
-    return _field("model name") or platform.processor() or platform.machine()
+    arm = f"{_field('CPU implementer')} {_field('CPU part')}".strip()
+    return _field("model name") or arm or platform.processor() or platform.machine()
 
 
 def cpu_flags() -> frozenset[str]:
     """The extensions that the processor has, as Linux calls them; none where that is not known."""
-    return frozenset(_field("flags").split())
+    return frozenset((_field("flags") or _field("Features")).split())
 
 
 def _field(name: str) -> str:

@@ -29,6 +29,8 @@ class Runner(Protocol):
     """Forwards a batch, counts its experts and draws. Padding is neither counted nor returned."""
 
     name: str
+    build: str
+    """What else, beside the sources, decides bits: of the step that was compiled, its hash."""
     most_steps: int
     """How many steps one call can make."""
 
@@ -53,6 +55,7 @@ class TorchRunner:
     """The plain path: eager torch on any device, one step a call."""
 
     name = "torch"
+    build = str(torch.__version__)
     most_steps = 1
 
     def __init__(self, model: Transformer, num_slots: int, counters: ExpertCounters) -> None:

@@ -35,7 +35,7 @@ class PrefillPlan:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Feed the last drawn token of every sequence; once only if somebody waits for the prompt to be read."""
+    """Feed the last drawn token of every sequence; for a short while only if somebody waits for a prompt to be read."""
 
     sequences: tuple[Sequence, ...]
     somebody_waits: bool = False

@@ -20,7 +20,7 @@ FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared"
 COMPILERS = ("c++", "g++", "clang++")
 PORTABLE = "x86-64-v3"
 """For an image that is built on one machine and runs on others."""
-PORTABLE_NEEDS = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
+PORTABLE_NEEDS = frozenset({"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
 COMPILING_S = 120
 
 
@@ -57,6 +57,8 @@ def compile_for(march: str, target: Path) -> None:
             output = Path(folder) / target.name
             whole = [command, *FLAGS, f"-march={march}", "-o", str(output), str(SOURCE)]
             subprocess.run(whole, check=True, capture_output=True, text=True, timeout=COMPILING_S)
+            with output.open("rb") as library:
+                os.fsync(library.fileno())  # a torn library would end every start, and not by an exception
             output.replace(target)
     except subprocess.CalledProcessError as error:
         complaint = next((line for line in error.stderr.splitlines() if "error" in line), "it says nothing")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -91,6 +93,7 @@ class NativeRunner:
         self.counters = counters
         self.cache = KVCache(replace(config, context_length=ring), num_slots + 1, model.device)
         self._config, self._library = config, library
+        self.build = sha256(Path(library._name).read_bytes()).hexdigest()
         self.threads = threads  # that share a call; fewer can be asked for at any time
         library.moescope_new.restype = ctypes.c_void_p
         pieces = (_shape(config, num_slots + 1), _weights(model), _memory(self.cache, counters))

@@ -34,6 +34,7 @@ constexpr int LANES = 8;
 #endif
 constexpr int MOST_ROWS = 8; // that are multiplied at a time
 constexpr int MOST_PROMPT_ROWS = 64; // that walk through the layers at a time
+constexpr int RING_MULTIPLE = 16; // the memory's, whatever LANES is
 constexpr int MOST_HEADS = 3; // that look at the same keys at a time
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
@@ -541,7 +542,7 @@ private:
   // Where a row's ring begins, for one key/value head.
   size_t where(const Pass &pass, int l, int r, int g) const {
     const size_t slot = (size_t)l * s.slots + job->slots[pass.first + r];
-    return (slot * s.kv_heads + g) * padded(s.ring) * s.head_dim;
+    return (slot * s.kv_heads + g) * ((s.ring + RING_MULTIPLE - 1) / RING_MULTIPLE * RING_MULTIPLE) * s.head_dim;
   }
 
   // One key/value head of one row: norms, rotation, a place in the ring, and the query heads that share it.

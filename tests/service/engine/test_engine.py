@@ -232,6 +232,43 @@ def test_a_burst_is_no_longer_than_the_longest_text_needs(model: Transformer, mo
     assert decoded <= 9  # the first token is the prompt's; at most one step was made before the second was read
 
 
+def test_a_burst_is_no_longer_when_many_have_come_and_short_while_prompts_are_unread(model: Transformer) -> None:
+    """On a clock that a step moves by half a millisecond for each of its rows, and a chunk of a prompt by 15."""
+    now = 0.0
+    engine = engine_for(model)
+    most, real_run = engine.runner.most_steps, engine.runner.run
+
+    def run(batch: Batch, steps: int) -> Drawn | None:
+        nonlocal now
+        now += steps * len(batch.ids) * 0.0005 if isinstance(batch, DecodeBatch) else 0.015
+        return real_run(batch, steps)
+
+    engine.runner.run = run  # type: ignore[method-assign]
+    engine._clock = lambda: now
+
+    def bursts(count: int) -> list[tuple[int, int]]:
+        """(rows, steps) of the next decode calls."""
+        reports: list[tuple[int, int]] = []
+        while len(reports) < count:
+            report = engine.step()
+            if report.phase is Phase.DECODE:
+                reports.append((report.batch_size, report.steps))
+        return reports
+
+    first = sequence(3, max_new_tokens=10_000)
+    engine.add(first)
+    assert bursts(3)[-1] == (1, most)
+    for seed in range(9):
+        engine.add(sequence(3, max_new_tokens=10_000, seed=seed))
+    crowd = bursts(12)
+    assert all(rows * steps * 0.0005 <= 0.0101 for rows, steps in crowd), crowd
+    assert crowd[-1] == (10, min(2, most))
+    engine.end([one for one in engine._scheduler.running if one is not first], FinishReason.CANCELLED)
+    bursts(2)
+    engine.add(sequence(16 * 8, max_new_tokens=10_000))
+    assert (1, min(4, most)) in bursts(3)
+
+
 def test_figures_taken_while_sequences_run_are_consistent(model: Transformer) -> None:
     engine = engine_for(model)
     for seed in range(3):

@@ -376,6 +376,22 @@ def test_a_row_that_is_not_finite_says_so_and_leaves_its_neighbours_alone(step: 
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux tells a thread where to run")
+def test_who_is_cleared_takes_nothing_from_his_neighbours(step: ctypes.CDLL) -> None:
+    """A ring that no vector's length divides, whose places the step and the cache must count alike."""
+    model = record.as_served(tiny_model(context_length=40)).requires_grad_(False)
+    ids = torch.randint(65, (90, 3), generator=torch.Generator().manual_seed(5))
+    told = []
+    for is_cleared in (False, True):
+        runner = native(step, model, slots=3)
+        read(runner, ids[:60], rows=3)
+        if is_cleared:
+            runner.clear(0)
+        drawn = read(runner, ids[60:], rows=3, start=60)
+        told.append(torch.stack([each.logprobs[0][:, 1:] for each in drawn if each.logprobs]))
+    assert len(told[0]) == 30
+    assert told[0].equal(told[1])
+
+
 def test_two_threads_that_have_one_core_do_not_spin_for_each_other(native_step: ctypes.CDLL) -> None:
     model, batch = checkpoint.load(SHIPPED).model, batch_of(torch.tensor([5]), torch.tensor([0]), torch.tensor([40]))
     cores = os.sched_getaffinity(0)
