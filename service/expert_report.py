@@ -58,6 +58,7 @@ def read_report(manifest: Manifest, config: ModelConfig) -> ExpertReport:
         return ExpertReport()
     try:
         written = _Written.model_validate(json.loads(path.read_bytes()))
+        written.model_dump_json()  # refuses half a surrogate pair, which JSON can spell and UTF-8 cannot
     except (OSError, ValueError, ValidationError, RecursionError):
         log_event("report_unread", logging.WARNING, file=str(path))
         return ExpertReport()

@@ -101,6 +101,7 @@ def test_make_alone_lists_every_command(checkout: Path) -> None:
         "test",
         "train",
         "lint",
+        "sanitize",
         "bench",
         "prove",
         "evidence",

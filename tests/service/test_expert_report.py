@@ -49,9 +49,10 @@ def test_it_tells_nothing_without_a_report(start_server: StartServer, folder: Pa
         ({"causal_map": {"windows": 2, "baseline": 4.1, "cost": [[0.1] * 3] * 3, "standard_error": COSTS}}, "another"),
         ({"causal_map": {"windows": 2, "baseline": float("nan"), "cost": COSTS, "standard_error": COSTS}}, "unread"),
         ({"favourites": "all of them"}, "report_unread"),
+        ({"favourites": [[[{"token": "\ud800", "lift": 2.0, "taken": 0.5}]] * 4] * 3}, "report_unread"),
         (None, "report_unread"),
     ],
-    ids=["other weights", "other layers", "other experts", "NaN", "other kind", "no JSON"],
+    ids=["other weights", "other layers", "other experts", "NaN", "other kind", "half a pair", "no JSON"],
 )
 def test_a_report_that_cannot_be_right_is_left_out_and_logged(
     start_server: StartServer, folder: Path, change: dict[str, Any] | None, event: str
