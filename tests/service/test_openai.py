@@ -436,7 +436,7 @@ def test_a_chunk_of_a_stream_is_json_as_the_encoder_writes_it(text: str, include
     completion = Completion(generation, parse(body(stream_options={"include_usage": includes_usage})))
     written = completion.event(DrawnToken(0, 0, text)).decode()
     chunk = json.loads(written.removeprefix("data: "))
-    assert written == f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    assert written == f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
     (choice,) = CompletionAnswer.model_validate(chunk).choices
     assert (choice.text, choice.finish_reason, "usage" in chunk) == (text, None, includes_usage)
 
