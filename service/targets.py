@@ -6,14 +6,16 @@ import atexit
 import fcntl
 import json
 import os
+import re
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, TextIO
 
-_held: Final[list[TextIO]] = []
+UNFINISHED_S: Final = 60
 
 
 class TargetsRefused(Exception):
@@ -29,27 +31,32 @@ def announce(folder: Path | None, listener: socket.socket) -> Callable[[], None]
     if folder is None:
         return lambda: None
     try:
-        withdraw = partial(_write(folder, listener).unlink, missing_ok=True)
+        withdraw = partial(_withdraw, *_write(folder, listener))
     except OSError as error:
         raise TargetsRefused(f"--targets {folder} cannot be written: {error.strerror}") from None
-    atexit.register(withdraw)
+    atexit.register(withdraw)  # it holds the file, and closing that would end the lock
     return withdraw
 
 
-def _write(folder: Path, listener: socket.socket) -> Path:
+def _withdraw(entry: Path, lock: TextIO) -> None:
+    entry.unlink(missing_ok=True)
+    lock.close()
+
+
+def _write(folder: Path, listener: socket.socket) -> tuple[Path, TextIO]:
+    """The entry, and its file with the lock."""
     machine, (host, port) = socket.gethostname(), listener.getsockname()[:2]
     folder.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder, machine)
     entry = folder / f"{machine}-{os.getpid()}-{port}.json"
     beside = entry.with_suffix(".new")
     file = beside.open("w")
-    _held.append(file)  # closing it would end the lock
     fcntl.flock(file, fcntl.LOCK_EX)
     json.dump([{"targets": [f"{_reachable(host, machine)}:{port}"]}], file)
     file.flush()
     beside.chmod(0o644)  # Prometheus is another user
     beside.rename(entry)
-    return entry
+    return entry, file
 
 
 def _reachable(host: str, machine: str) -> str:
@@ -61,7 +68,9 @@ def _reachable(host: str, machine: str) -> str:
 
 def _remove_stale(folder: Path, machine: str) -> None:
     """Those of this machine alone: not every file system shows the locks of another."""
-    for path in folder.glob(f"{machine}-*-*.json"):
-        with suppress(OSError), path.open() as file:  # it is locked, or gone already
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+    for path in folder.iterdir():
+        if re.fullmatch(re.escape(machine) + r"-\d+-\d+\.(json|new)", path.name):
+            with suppress(OSError), path.open("r+") as file:  # it is locked, or gone already; NFS locks what is written
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.suffix == ".json" or time.time() - path.stat().st_mtime > UNFINISHED_S:  # not locked at once
+                    path.unlink()

@@ -1,6 +1,7 @@
 """A server's entry for Prometheus: there while it serves, gone when it ends, and nobody's after a kill."""
 
 import json
+import os
 import signal
 import socket
 from pathlib import Path
@@ -36,12 +37,24 @@ def test_what_a_killed_server_left_goes_with_the_next_and_nobody_else_s(
 ) -> None:
     folder = tmp_path / "targets"
     killed, other = (start_server("--targets", folder).wait_until_ready() for _ in range(2))
-    (folder / "another-machine-1-2.json").write_text('[{"targets": ["another:2"]}]')
+    others = [f"{name}-1-2" for name in ("another-machine", f"{socket.gethostname()}-1", f"{socket.gethostname()}-b")]
+    for name in others:
+        (folder / f"{name}.json").write_text(json.dumps([{"targets": [name]}]))
     killed.process.kill()
     killed.process.wait()
-    assert len(targets(folder)) == 3
+    assert len(targets(folder)) == 2 + len(others)
     following = start_server("--targets", folder).wait_until_ready()
-    assert set(targets(folder)) == {"another:2", *(f"127.0.0.1:{each.port}" for each in (other, following))}
+    assert set(targets(folder)) == {*others, *(f"127.0.0.1:{each.port}" for each in (other, following))}
+
+
+def test_what_was_never_finished_goes_too_once_nobody_can_be_writing_it(tmp_path: Path) -> None:
+    old, fresh = (tmp_path / f"{socket.gethostname()}-{pid}-8000.new" for pid in (1, 2))
+    for path in (old, fresh):
+        path.touch()
+    os.utime(old, (0, 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        announce(tmp_path, listener)()
+    assert set(tmp_path.iterdir()) == {fresh}
 
 
 @pytest.mark.parametrize(
