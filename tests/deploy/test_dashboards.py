@@ -100,7 +100,7 @@ def watched(prometheus: Prometheus, server: Server) -> Iterator[Prometheus]:
         wait_until(lambda: has_grown(prometheus, "rate(moescope_request_seconds_count[1m])"))
         # Above zero as soon as the window has tokens enough; until then it is NaN.
         wait_until(lambda: has_grown(prometheus, "moescope_expert_load_entropy_ratio"))
-        for record in RECORDS:
+        for record in (each for each in RECORDS if any(each in query.expr for query in QUERIES)):
             wait_until(partial(has_grown, prometheus, record))
         yield prometheus
     finally:
