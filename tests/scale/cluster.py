@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -68,12 +69,20 @@ class Cluster:
             "--temp-dir": self._folder,
         }
         flags = [str(word) for flag in head.items() for word in flag]
+        self._serve: subprocess.Popen[bytes] | None = None
         self._head = self._start("head", "ray.scripts.scripts", "start", "--head", "--block", *flags)
+        try:
+            self._deploy({"targets": str(targets), **settings})
+        except BaseException:
+            self.stop()  # nobody else can
+            raise
+
+    def _deploy(self, arguments: dict[str, object]) -> None:
         application = {
             "name": "moescope",
             "route_prefix": "/",
             "import_path": "service.ray_app:app",
-            "args": {"targets": str(targets), **settings},
+            "args": arguments,
         }
         config = {"http_options": {"host": "127.0.0.1", "port": self.port}, "applications": [application]}
         (self._folder / "serve.yaml").write_text(yaml.safe_dump(config))
@@ -108,7 +117,7 @@ class Cluster:
         deadline = time.monotonic() + PATIENCE_S
         while not holds():
             assert self._head.poll() is None, self.log("head")
-            assert time.monotonic() < deadline, self.log("serve")[-5000:]
+            assert time.monotonic() < deadline, self.log("serve" if self._serve else "head")[-5000:]
             time.sleep(0.1)
 
     def proxy_cpu_seconds(self) -> float:
@@ -118,19 +127,24 @@ class Cluster:
 
     def interrupt(self) -> None:
         """Ctrl-C where ``serve run`` was typed; returns when the service is gone."""
+        assert self._serve
         self._serve.send_signal(signal.SIGINT)
         self._serve.wait(PATIENCE_S)
 
     def stop(self) -> None:
-        """The head takes everything along."""
+        """The head takes everything along, unless it is told before it is up."""
+        below = _below(self._head.pid)
         self._head.send_signal(signal.SIGTERM)
         try:
             self._head.wait(60)
         finally:
-            for process in (self._serve, self._head):
+            for pid in below:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for process in filter(None, (self._serve, self._head)):
                 process.kill()
                 process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def replicas_in(targets: Path) -> list[Replica]:
@@ -146,7 +160,10 @@ def _is_ready(replica: Replica) -> bool:
 
 
 def _below(pid: int) -> list[int]:
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:  # it has ended
+        return []
     return children + [each for child in children for each in _below(child)]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,6 +25,28 @@ from tests.service.serving import FOR_EVER, Server, wait_until
 pytestmark = pytest.mark.ray
 
 STREAMS = 50
+
+
+def left_of_clusters() -> set[Path]:
+    """Their folders, and /proc/PID of Ray's own programs in one of them."""
+    told = {path.parent: content(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
+    programs = {program for program, line in told.items() if re.search(rb"/tmp/ray-\w+/session_", line)}
+    return programs | set(Path("/tmp").glob("ray-*"))
+
+
+def content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it ended meanwhile
+        return b""
+
+
+def test_a_cluster_that_is_late_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = left_of_clusters()
+    monkeypatch.setattr("tests.scale.cluster.PATIENCE_S", 2.0)
+    with pytest.raises(AssertionError):
+        Cluster(tmp_path)
+    wait_until(lambda: left_of_clusters() <= before)
 
 
 def body(seed: int, max_new_tokens: int = 200) -> dict[str, Any]:
