@@ -62,7 +62,7 @@ evidence: .venv/train.stamp ## write the report of the shipped checkpoint anew: 
 walkthrough: .venv/test.stamp ## run docs/walkthrough.py and make its notebook, two minutes
 	@exec $(PY) scripts/walkthrough.py $(ARGS)
 
-dashboards: .venv/test.stamp ## write Grafana's dashboards anew, after a change of scripts/dashboards.py
+dashboards: .venv/test.stamp ## write Grafana's dashboards anew, after a change in scripts/dashboards
 	@exec $(PY) -m scripts.dashboards $(ARGS)
 
 traffic: .venv/serve.stamp ## keep a running service busy until Ctrl-C (URL=http://127.0.0.1:9000 ARGS='--seconds 60')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -28,6 +29,19 @@ def part(kind: str) -> dict[str, Any]:
 def container() -> dict[str, Any]:
     (only,) = part("Deployment")["spec"]["template"]["spec"]["containers"]
     return dict(only)
+
+
+def environment(namespace: str = "default") -> dict[str, str]:
+    """As Kubernetes sets it: a value may name variables that stand before it."""
+    told: dict[str, str] = {}
+    for each in container()["env"]:
+        value = each["value"] if "value" in each else {"metadata.namespace": namespace}[field_of(each)]
+        told[each["name"]] = re.sub(r"\$\((\w+)\)", lambda name: told.get(name[1], name[0]), value)
+    return told
+
+
+def field_of(variable: dict[str, Any]) -> str:
+    return str(variable["valueFrom"]["fieldRef"]["fieldPath"])
 
 
 def setting(name: str) -> Any:
@@ -94,15 +108,28 @@ def test_image_user_and_settings_are_those_that_there_are() -> None:
     assert container()["image"] == COMPOSE["services"]["service"]["image"]
     user = part("Deployment")["spec"]["template"]["spec"]["securityContext"]["runAsUser"]
     assert COMPOSE["services"]["service"]["user"] == f"{user}:{user}"
-    names = {each["name"].removeprefix("MOESCOPE_").lower() for each in container()["env"]}
-    assert names <= set(Settings.model_fields)
-    assert {each["value"] for each in container()["env"] if each["name"] == "MOESCOPE_THREADS"} == {
-        container()["resources"]["limits"]["cpu"]
-    }
+    ours = {name.removeprefix("MOESCOPE_").lower() for name in environment() if name.startswith("MOESCOPE_")}
+    assert ours <= set(Settings.model_fields)
+    assert environment()["MOESCOPE_THREADS"] == container()["resources"]["limits"]["cpu"]
+
+
+def test_whoever_asks_by_a_name_of_the_service_is_let_in(tmp_path: Path) -> None:
+    name, (port,) = part("Service")["metadata"]["name"], part("Service")["spec"]["ports"]
+    flags = ("--checkpoint", tiny_checkpoint(tmp_path / "tiny"), "--threads", 1)
+    server = Server(tmp_path / "log", *flags, "--allowed-hosts", environment("prod")["MOESCOPE_ALLOWED_HOSTS"])
+    try:
+        server.wait_until_ready()
+        for called in ("", ".prod", ".prod.svc", ".prod.svc.cluster.local"):
+            host = f"{name}{called}:{port['port']}"
+            assert server.client.get("/info", headers={"Host": host}).status_code == 200, host
+        assert server.client.get("/info", headers={"Host": f"{name}.evil.example"}).status_code == 421
+    finally:
+        server.stop()
 
 
 def test_it_scales_on_a_metric_that_there_is(server: Server) -> None:
     queries = [each["metadata"]["query"] for each in part(OF_KEDA)["spec"]["triggers"]]
     named = {name for query in queries for name in re.findall(r"moescope_(\w+)", query)}
     assert named == {"requests_running", "requests_queued"}
+    assert not any("job=" in query for query in queries), "whose Prometheus scrapes by annotations chooses the job"
     assert all(server.metrics().total(name) == 0 for name in named)
