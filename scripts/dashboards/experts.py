@@ -8,10 +8,9 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 
 from scripts.dashboards.panels import (
     CELLS,
-    HERE,
+    JOB,
     LAYERS,
     MATRIX_WINDOW,
-    RECORDED,
     Colours,
     choice,
     dashboard,
@@ -23,7 +22,7 @@ from scripts.dashboards.panels import (
     states,
 )
 
-SHARE: Final = f"avg by (layer, expert) (moescope:expert_share:rate5m{{{RECORDED}}})"
+SHARE: Final = f"avg by (layer, expert) (moescope:expert_share:rate5m{{{LAYERS}}})"
 BASELINE: Final = f"avg by (layer, expert) (moescope_expert_baseline_share{{{LAYERS}}})"
 DRIFT_ALERT: Final = 0.03  # the line of the alert RoutingDrift in deploy/prometheus/rules.yml
 
@@ -31,19 +30,23 @@ BAD_FROM_ONE: Final[Colours] = {None: "green", 1: "red"}
 GOOD_FROM_ONE: Final[Colours] = {None: "red", 1: "green"}
 RATIO_TO_BASELINE: Final[Colours] = {None: "red", 0.05: "orange", 0.5: "green", 2: "orange", 3: "red"}
 
-ENOUGH: Final = f"on (layer) max by (layer) (moescope:expert_mean_tokens:increase5m{{{RECORDED}}}) >= 250"
+ENOUGH: Final = f"on (layer) max by (layer) (moescope:expert_mean_tokens:increase5m{{{LAYERS}}}) >= 250"
+NO_SINGLE: Final = f"unless on (layer) group by (layer) (moescope_expert_tokens_total{{{CELLS}}})"
 
 
 def of_all(ratio: str, worst: str = "max") -> str:
-    """By layer, over all instances; without series of single experts, the worst instance's own."""
+    """By layer, over all instances; where there are no series of single experts, the worst instance's own."""
     gauge = f"{worst} by (layer) (moescope_{ratio}{{{LAYERS}}})"
-    return f"max by (layer) (moescope:{ratio}:rate5m{{{RECORDED}}}) or {gauge}"
+    return f"max by (layer) (moescope:{ratio}:rate5m{{{LAYERS}}}) or {gauge} {NO_SINGLE}"
 
 
 DRIFT: Final = of_all("expert_drift_ratio")
 HOTTEST: Final = of_all("expert_max_load_ratio")
 ENTROPY: Final = of_all("expert_load_entropy_ratio", worst="min")
-IDLE: Final = f"(sum by (layer) ({SHARE} == bool 0) and {ENOUGH}) or max by (layer) (moescope_experts_idle{{{LAYERS}}})"
+IDLE: Final = (
+    f"(sum by (layer) ({SHARE} == bool 0) and {ENOUGH}) "
+    f"or max by (layer) (moescope_experts_idle{{{LAYERS}}}) {NO_SINGLE}"
+)
 
 EVENNESS: Final = {
     ENTROPY: ("Entropy", "1 is even load, 0 is one expert that does everything."),
@@ -58,7 +61,7 @@ def experts() -> Dashboard:
         "Moescope / Experts",
         "What the experts are doing. Cells of single experts stay empty with --expert-metrics layer or off.",
     )
-    layers = f"label_values(moescope_routed_tokens_total{{{HERE}}}, layer)"
+    layers = f"label_values(moescope_routed_tokens_total{{{JOB}}}, layer)"
     page.with_variable(choice("layer", "Layer", layers))
     for section in (
         experts_now,
@@ -183,7 +186,7 @@ def experts_how_even_layer_by_layer(page: Dashboard) -> None:
         lines(
             "Jain index",
             "1 is even load; 1 divided by the number of experts is one expert that does everything.",
-            {"layer {{layer}}": f"avg by (layer) (moescope:expert_jain_index:rate5m{{{RECORDED}}})"},
+            {"layer {{layer}}": f"avg by (layer) (moescope:expert_jain_index:rate5m{{{LAYERS}}})"},
             unit="none",
             width=8,
             most=1,

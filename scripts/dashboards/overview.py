@@ -10,6 +10,7 @@ from scripts.dashboards.panels import (
     HERE,
     JOB,
     Colours,
+    choice,
     dashboard,
     lines,
     mean,
@@ -33,6 +34,7 @@ LATENCIES: Final = {
 
 def overview() -> Dashboard:
     page = dashboard("moescope-overview", "Moescope / Overview", "Is it well, who uses it, how long does that take?")
+    page.with_variable(choice("instance", "Instance", f"label_values(moescope_ready{{{JOB}}}, instance)"))
     for section in (overview_now, overview_traffic, overview_latency, overview_batching, overview_process):
         section(page)
     return page

@@ -22,9 +22,8 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 SOURCE: Final = grafana.DataSourceRef(type_val="prometheus", uid="${datasource}")
 JOB: Final = 'job="$job"'
 HERE: Final = JOB + ', instance=~"$instance"'
-LAYERS: Final = HERE + ', layer=~"$layer"'
+LAYERS: Final = JOB + ', layer=~"$layer"'  # rules have added up the instances, so nobody chooses among them
 CELLS: Final = LAYERS + ', expert!=""'  # --expert-metrics layer tells sums over experts, under the same name
-RECORDED: Final = JOB + ', layer=~"$layer"'  # rules have added up the instances
 MATRIX_WINDOW: Final = "5m"  # a matrix shows the present, and needs traffic enough for each of its cells
 TAG: Final = "moescope"
 
@@ -33,7 +32,7 @@ Colours = Mapping[float | None, str]
 
 
 def dashboard(uid: str, title: str, description: str) -> Dashboard:
-    """An empty dashboard with what all of ours share: job and instances to choose, the link to the others."""
+    """An empty dashboard with what all of ours share: a job to choose, the link to the others."""
     others = DashboardLink("Moescope").type(grafana.DashboardLinkType.DASHBOARDS).tags([TAG])
     return (
         Dashboard(title)
@@ -46,7 +45,6 @@ def dashboard(uid: str, title: str, description: str) -> Dashboard:
         .link(others.include_vars(True).keep_time(True))
         .with_variable(DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
         .with_variable(choice("job", "Job", "label_values(moescope_ready, job)", several=False))
-        .with_variable(choice("instance", "Instance", f"label_values(moescope_ready{{{JOB}}}, instance)"))
     )
 
 

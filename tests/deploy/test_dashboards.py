@@ -19,7 +19,7 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from scripts.dashboards import __main__ as dashboards
-from scripts.dashboards.experts import DRIFT_ALERT
+from scripts.dashboards.experts import DRIFT, DRIFT_ALERT, ENTROPY, HOTTEST, IDLE
 from tests.checkpoints import tiny_checkpoint
 from tests.deploy.monitoring import ROOT, Addresses, Prometheus
 from tests.service.serving import FOR_EVER, Server, wait_until
@@ -144,6 +144,34 @@ def test_choosing_one_layer_leaves_the_others_out(watched: Prometheus) -> None:
             expr = query.substituted.replace('layer=~".+"', 'layer=~"(1)"')
             layers = {each["metric"].get("layer", "1") for each in watched.query(expr)}
             assert layers <= {"1"}, query
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS)
+def test_every_choice_that_is_offered_changes_every_panel(dashboard: str) -> None:
+    for variable in DASHBOARDS[dashboard]["templating"]["list"][1:]:
+        unmoved = {q.panel for q in QUERIES if q.dashboard == dashboard and f"${variable['name']}" not in q.expr}
+        assert unmoved <= SHOWS_NOTHING_WHEN_ALL_IS_WELL, variable["name"]
+
+
+def test_with_too_few_tokens_for_a_judgement_no_instance_s_own_is_shown(tmp_path: Path) -> None:
+    """An instance speaks from 1,000 tokens, which of many experts leave each too few."""
+    checkpoint = tiny_checkpoint(tmp_path / "checkpoint", num_experts=16, experts_per_token=1)
+    server = Server(tmp_path / "log", "--checkpoint", checkpoint, "--threads", 1)
+    prometheus = None
+    try:
+        server.wait_until_ready()
+        prometheus = Prometheus.in_seconds(tmp_path / "prometheus", f"127.0.0.1:{server.port}").wait_until_ready()
+        wait_until(lambda: has_grown(prometheus, "up"))  # what has come before the first look has not grown
+        for seed in range(4):
+            server.answer("a" * 300, max_new_tokens=20, seed=seed)
+        wait_until(lambda: has_grown(prometheus, "moescope_expert_max_load_ratio"))
+        wait_until(lambda: has_grown(prometheus, "moescope:expert_mean_tokens:increase5m"))
+        for query in (DRIFT, HOTTEST, ENTROPY, IDLE):
+            assert not prometheus.query(substituted(query)), query
+    finally:
+        server.stop()
+        if prometheus:
+            prometheus.stop()
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS)
