@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import re
 import subprocess
 import threading
@@ -19,7 +20,7 @@ import yaml
 
 from model import checkpoint
 from service.expert_window import LEAST_TOKENS
-from tests.checkpoints import tiny_checkpoint
+from tests.checkpoints import CHARACTERS, tiny_checkpoint
 from tests.deploy.monitoring import FOLDER, Prometheus, binary, shortened
 from tests.service.serving import ROOT, Server, wait_until
 from training.corpora import Corpus
@@ -170,6 +171,22 @@ def test_ordinary_traffic_to_the_shipped_model_fires_nothing(corpus: Corpus, tmp
 
             wait_until(has_had_enough)
             assert not prometheus.query('max_over_time(ALERTS{alertstate="firing"}[1h])')
+    finally:
+        server.stop()
+
+
+def test_random_characters_to_the_shipped_model_are_reported_as_a_drift(tmp_path: Path) -> None:
+    """Ordinary text, above, is none."""
+    server = Server(tmp_path / "log", "--threads", 1).wait_until_ready()
+    letters = random.Random(1)
+    try:
+        with prometheus_of(server, tmp_path / "random") as prometheus:
+
+            def has_fired() -> bool:
+                server.answer("".join(letters.choices(CHARACTERS, k=600)), max_new_tokens=1)
+                return prometheus.has_fired("RoutingDrift")
+
+            wait_until(has_fired)
     finally:
         server.stop()
 
