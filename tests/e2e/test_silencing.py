@@ -185,7 +185,7 @@ def test_silenced_while_the_text_waits_for_its_turn_both_are_written_once_it_com
     page = open_page(server, settings(seed="")).page
     bodies = note_requests(page)
     held: list[Route] = []
-    page.route("**/generate", held.append, times=1)
+    page.route("**/generate", lambda route: held.append(route), times=1)
     generate(page)
     expect_state(page, "Waiting for the first token …")
     cell(page, 2, 1).click()
