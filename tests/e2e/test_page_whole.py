@@ -153,15 +153,12 @@ def test_an_empty_field_is_copied_as_its_default(server: Server, open_page: Open
 def test_behind_a_prefix_and_with_a_key_everything_works_and_python_takes_the_key_from_the_environment(
     locked_server: Server, open_page: OpenPage
 ) -> None:
-    visit = open_page(locked_server)
-    page = visit.page
-    page.route(
+    open_page(locked_server).page.context.route(
         "**/some/prefix/**",
         lambda route: route.fulfill(response=route.fetch(url=route.request.url.replace("/some/prefix", ""))),
     )
-    page.goto("about:blank")
-    visit.asked.clear()
-    page.goto(f"{locked_server.url}/some/prefix/#{settings()}")
+    visit = open_page(locked_server, settings(), path="/some/prefix/")
+    page = visit.page
     page.get_by_label("Key", exact=True).fill(KEY)
     page.keyboard.press("Enter")
     expect_state(page, "Ready.")
