@@ -35,6 +35,7 @@ const page = {
 
   started(reading, used) {
     tellFolding(reading.body.prompt, used);
+    if (silenced.size && !isComparing()) writeWithout(whole.body); // silenced while this had no seed yet
     remember();
   },
 
@@ -62,7 +63,7 @@ const page = {
     byId("stop").disabled = !isBusy();
     byId("again").disabled = whole.body?.seed === undefined;
     byId("more").disabled = isBusy() || isFull || !told.some((each) => each.canGoOn);
-    say(first.words, first.isTrouble);
+    say(first.words || "Ready.", first.isTrouble);
   },
 
   locked(words) {
@@ -121,7 +122,7 @@ function toggle(layer, expert) {
   silenced.delete(pair) || silenced.add(pair);
   applySilence();
   if (isComparing()) byId("whole-title").scrollIntoView({ block: "nearest" }); // on a phone it is far up
-  else if (!hasText()) say(silenced.size ? "Generate writes two texts: with all experts, and without these." : "Ready.");
+  else if (silenced.size && !isBusy()) say("Generate writes two texts: with all experts, and without these.");
 }
 
 function applySilence() {
@@ -148,7 +149,7 @@ function showWhole() {
   comparison.begin();
   showFigures();
   if (whole.counts) heatmap.setCounts("text", whole.counts);
-  if (whole.body) page.said();
+  page.said();
 }
 
 function layOut() {
@@ -297,8 +298,7 @@ function restore() {
   pairs.forEach((pair) => silenced.add(pair));
   for (const reading of [whole, without]) reading.clear();
   applySilence();
-  heatmap.clear();
-  say("Ready.");
+  page.began(whole);
   chooseLayer(byId(`layer-${layer}`) ? layer : 0);
   chooseView(byId(`view-${view}`) ? view : "text");
 }

@@ -28,6 +28,6 @@ export const percent = (share) => `${Math.round(share * 100)}\u202f%`;
 const NAMES = new Map([[" ", "space"], ["\n", "line break"], ["", "part of a character"]]);
 const SIGNS = new Map([[" ", "\u2423"], ["\n", "\u21b5"], ["", "\u2026"]]);
 
-/** A token in words, and in as little room as it takes. */
-export const nameOf = (text) => NAMES.get(text) ?? `“${text}”`;
+/** A token in words, and in as little room as it takes. Isolated: it may turn the direction of writing. */
+export const nameOf = (text) => NAMES.get(text) ?? `“\u2068${text}\u2069”`;
 export const signOf = (text) => SIGNS.get(text) ?? text;

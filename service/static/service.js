@@ -30,6 +30,7 @@ async function answered(request) {
   const { error } = await response.json().catch(() => ({}));
   const seconds = response.headers.get("Retry-After");
   const later = seconds ? `; try again in ${seconds} s` : "";
-  const message = error?.message ?? `the service answered with status ${response.status}`;
+  const words = error?.message.replace(/^disabled_experts/, "the silenced experts"); // as the page calls them
+  const message = words ?? `the service answered with status ${response.status}`;
   throw new Trouble(message + later, { status: response.status, retryAfterMs: 1000 * seconds });
 }

@@ -26,10 +26,13 @@ export class Settings {
     this.fields[name].dispatchEvent(new Event("input"));
   }
 
-  /** What POST /generate is sent; disabled_experts only where some are. */
+  /** What POST /generate is sent: the default for an empty number, disabled_experts only where some are. */
   body(seed, silenced = []) {
     const body = { prompt: this.fields.prompt.value };
-    for (const name of NUMBERS) body[name] = this.fields[name].valueAsNumber;
+    for (const name of NUMBERS) {
+      const { value, valueAsNumber } = this.fields[name];
+      body[name] = value ? valueAsNumber : this.defaults[name];
+    }
     if (seed) body.seed = Number(seed);
     if (silenced.length) body.disabled_experts = silenced;
     return { ...body, unknown_characters: "fold", return_routed_experts: true, logprobs: ALTERNATIVES };
@@ -48,7 +51,8 @@ export class Settings {
     const query = new URLSearchParams(location.hash.slice(1));
     for (const name of ["prompt", "seed"]) this.set(name, query.get(name) ?? this.fields[name].defaultValue);
     for (const name of NUMBERS) this.set(name, query.get(name) ?? this.defaults[name]);
-    const silenced = (query.get("silenced") ?? "").split("_").filter((pair) => this.#isExpert(pair));
+    const pairs = (query.get("silenced") ?? "").split("_").filter((pair) => this.#isExpert(pair));
+    const silenced = pairs.map((pair) => pair.split(".").map(Number).join(".")); // 00.01 is 0.1
     return { silenced, layer: Number(query.get("layer")), numbers: query.get("numbers"), view: query.get("view") };
   }
 

@@ -43,6 +43,8 @@ export function ranked({ routed_experts, expert_weights }, layer) {
 }
 
 const SENTENCES = /^[^]*(?:[.!?]["')]*\s|\n\n)/;
+const WORDS = /^[^]*\s|^[^]+/;
+const LONGEST = 500; // letters without a sentence's end, past which a listener is told words, and searching would be slow
 
 /** Hands whole sentences to a live region: a screen reader should not be told letters. */
 export class Speaker {
@@ -57,7 +59,7 @@ export class Speaker {
 
   hear(text) {
     this.rest += text;
-    this.#say(SENTENCES.exec(this.rest)?.[0]);
+    this.#say((this.rest.length > LONGEST ? WORDS : SENTENCES).exec(this.rest)?.[0]);
   }
 
   finish() {

@@ -154,6 +154,29 @@ def test_the_card_names_every_token_and_nothing_in_it_runs(hostile_server: Serve
     written.assert_nothing_happened(hostile_server)
 
 
+def test_no_token_turns_round_the_words_beside_it(hostile_server: Server, written: Guard) -> None:
+    """Some of them change the direction of writing."""
+    turned = written.page.evaluate(
+        """hostile => [...text.querySelectorAll(".letter")].filter((letter) => {
+            if (!hostile.includes(letter.textContent)) return false;
+            letter.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+            const [title] = card.querySelector("h2").childNodes;
+            const start = title.data.lastIndexOf(", token ");
+            const [from, to] = [start + 2, title.length - 1].map((place) => {
+                const range = new Range();
+                range.setStart(title, place);
+                range.setEnd(title, place + 1);
+                return range.getBoundingClientRect();
+            });
+            return from.top === to.top && from.left > to.left;
+        }).map((letter) => letter.textContent)""",
+        HOSTILE,
+    )
+    assert turned == []
+    assert written.page.locator("#card h2").count() == 1
+    written.assert_nothing_happened(hostile_server)
+
+
 def test_a_hostile_beginning_is_read_told_and_copied_as_text(
     server: Server, open_page: OpenPage, tmp_path: Path
 ) -> None:

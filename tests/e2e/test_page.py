@@ -225,6 +225,24 @@ def test_a_screen_reader_is_told_whole_sentences(server: Server, open_page: Open
     assert all(re.search(r"[.!?][\"')]*\s$|\n\n$", sentence) for sentence in told[:-1])
 
 
+def test_a_text_without_a_sentence_s_end_is_told_in_bounded_portions_of_whole_words(
+    server: Server, open_page: OpenPage
+) -> None:
+    page = open_page(server, settings()).page
+    endless = re.sub(
+        r'"text":"(?:[.!?]|\\n)"',
+        '"text":" "',
+        server.generate(max_new_tokens=3000, seed=7, return_routed_experts=True).text,
+    )
+    page.route("**/generate", lambda route: route.fulfill(body=endless, content_type="text/event-stream"))
+    generate(page)
+    wait_until_done(page)
+    told = page.locator("#spoken p").all_text_contents()
+    assert "".join(told) == written(page)
+    assert max(map(len, told)) <= 501
+    assert all(words.endswith(" ") for words in told[:-1])
+
+
 def test_the_page_complains_of_nothing_and_asks_nobody_else(server: Server, open_page: OpenPage) -> None:
     visit = open_page(server, settings())
     page = visit.page

@@ -139,18 +139,28 @@ def test_the_python_program_prints_the_text_of_the_page(server: Server, open_pag
     assert run_python(copied(page, "Python")) == text != written(page)
 
 
+def test_an_empty_field_is_copied_as_its_default(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, settings(temperature=0)).page
+    expect_state(page, "Ready.")
+    page.locator("#settings").evaluate("settings => settings.open = true")
+    for name in ("Length", "Top k"):
+        page.get_by_label(name).first.fill("")
+    length = server.client.get("/info").json()["defaults"]["max_new_tokens"]
+    text = server.answer(max_new_tokens=length, seed=7, temperature=0)["text"]
+    assert run_python(copied(page, "Python")) == text
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.locator("#command")).to_contain_text(f'"max_new_tokens":{length},"temperature":0,"top_k":0,')
+
+
 def test_behind_a_prefix_and_with_a_key_everything_works_and_python_takes_the_key_from_the_environment(
     locked_server: Server, open_page: OpenPage
 ) -> None:
-    visit = open_page(locked_server)
-    page = visit.page
-    page.route(
+    open_page(locked_server).page.context.route(
         "**/some/prefix/**",
         lambda route: route.fulfill(response=route.fetch(url=route.request.url.replace("/some/prefix", ""))),
     )
-    page.goto("about:blank")
-    visit.asked.clear()
-    page.goto(f"{locked_server.url}/some/prefix/#{settings()}")
+    visit = open_page(locked_server, settings(), path="/some/prefix/")
+    page = visit.page
     page.get_by_label("Key", exact=True).fill(KEY)
     page.keyboard.press("Enter")
     expect_state(page, "Ready.")

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import pytest
-from playwright.sync_api import Locator, Page, Request, expect
+from playwright.sync_api import Locator, Page, Request, Route, expect
 
 from tests.e2e.conftest import OpenPage
 from tests.e2e.reading import (
@@ -19,7 +19,7 @@ from tests.e2e.reading import (
     wait_until_done,
     written,
 )
-from tests.service.serving import Server, parse_events
+from tests.service.serving import Server
 
 LONG = 200_000  # for a text that is still being written when the test acts, on any machine
 
@@ -179,6 +179,27 @@ def test_an_expert_can_be_silenced_while_the_text_is_written_and_stop_ends_both(
     assert 20 <= letters_without(page).count() < LONG
 
 
+def test_silenced_while_the_text_waits_for_its_turn_both_are_written_once_it_comes(
+    server: Server, open_page: OpenPage
+) -> None:
+    page = open_page(server, settings(seed="")).page
+    bodies = note_requests(page)
+    held: list[Route] = []
+    page.route("**/generate", lambda route: held.append(route), times=1)
+    generate(page)
+    expect_state(page, "Waiting for the first token …")
+    cell(page, 2, 1).click()
+    expect(cell(page, 2, 1)).to_have_attribute("aria-pressed", "true")
+    expect_state(page, "Waiting for the first token …")  # Generate is not what the reader should press now
+    (waiting,) = held
+    waiting.continue_()
+    expect_comparison(page)
+    seed = int(page.locator("#used-seed").inner_text())
+    assert [body.get("disabled_experts") for body in bodies] == [None, [[2, 1]]]
+    for body, shown in zip(bodies, (letters(page), letters_without(page)), strict=True):
+        assert "".join(shown.all_text_contents()) == answer_to(server, {**body, "seed": seed})["text"]
+
+
 def test_a_link_restores_settings_layer_numbers_view_and_silence_and_makes_both_texts(
     reported_server: Server, open_page: OpenPage
 ) -> None:
@@ -195,6 +216,7 @@ def test_a_link_restores_settings_layer_numbers_view_and_silence_and_makes_both_
     page.get_by_role("radio", name="Cost").check()
     texts = [written(page), "".join(letters_without(page).all_text_contents())]
     page.get_by_role("button", name="Copy link").click()
+    expect_state(page, "Copied.")
     link = page.evaluate("navigator.clipboard.readText()")
 
     other = open_page(reported_server).page
@@ -222,6 +244,21 @@ def test_a_link_that_silences_what_is_not_there_silences_nothing(server: Server,
     expect(page.locator("#text-without")).to_be_hidden()
 
 
+def test_a_link_may_write_an_expert_with_leading_noughts(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, settings(silenced="00.01_2.002")).page
+    expect_state(page, "Ready.")
+    for layer, expert in [(0, 1), (2, 2)]:
+        expect(cell(page, layer, expert)).to_have_attribute("aria-pressed", "true")
+    cell(page, 2, 2).click()
+    expect(page.locator("#heat [aria-pressed=true]")).to_have_count(1)
+
+
+def test_a_link_that_silences_too_many_is_refused_in_a_readers_words(server: Server, open_page: OpenPage) -> None:
+    page = open_page(server, settings(silenced="1.0_1.1_1.2")).page
+    generate(page)
+    expect_state(page, "The silenced experts must leave at least 2 experts in every layer.")
+
+
 def test_arrow_keys_walk_over_the_experts_and_enter_silences(reported_server: Server, open_page: OpenPage) -> None:
     page = open_page(reported_server, settings()).page
     generate(page)
@@ -240,13 +277,13 @@ def test_arrow_keys_walk_over_the_experts_and_enter_silences(reported_server: Se
 
 def test_the_events_of_the_silenced_text_never_name_the_expert(server: Server, open_page: OpenPage) -> None:
     page = open_page(server, settings()).page
+    bodies = note_requests(page)
     generate(page)
     wait_until_done(page)
-    with page.expect_response("**/generate") as answered:
-        cell(page, 0, 1).click()
-        expect_comparison(page)
-    tokens = [data for name, data in parse_events(answered.value.text().split("\n")) if name == "token"]
-    assert len(tokens) == letters_without(page).count()
+    cell(page, 0, 1).click()
+    expect_comparison(page)
+    tokens = [data for name, data in server.events(**bodies[1]) if name == "token"]
+    assert [token["text"] for token in tokens] == letters_without(page).all_text_contents()
     assert all(1 not in token["routed_experts"][0] for token in tokens)
 
 
@@ -261,3 +298,31 @@ def test_another_link_in_the_same_tab_is_a_page_of_its_own(server: Server, open_
     choose_layer(page, 2)
     assert "JULIET" in page.url
     assert "silenced" not in page.url
+
+
+def test_after_another_link_there_is_no_text_to_stop_continue_or_repeat(
+    reported_server: Server, open_page: OpenPage
+) -> None:
+    visit = open_page(reported_server, settings(max_new_tokens=30, prompt="é"))
+    page = visit.page
+    buttons = [page.get_by_role("button", name=name) for name in ("Stop", "Continue", "Same seed")]
+    generate(page)
+    wait_until_done(page)
+    for button in buttons[1:]:
+        expect(button).to_be_enabled()
+    page.evaluate(f"location.hash = '{settings(max_new_tokens=LONG)}'")
+    expect_state(page, "Ready.")
+    for button in buttons:
+        expect(button).to_be_disabled()
+    for told in ("#folded:visible", "#spoken p"):  # nor anything told of it
+        expect(page.locator(told)).to_have_count(0)
+
+    generate(page)
+    wait_for_letters(page, 20)
+    expect(buttons[0]).to_be_enabled()
+    page.evaluate(f"location.hash = '{settings(prompt='JULIET:')}'")
+    expect_state(page, "Ready.")
+    for button in buttons:
+        expect(button).to_be_disabled()
+    reported_server.wait_for(requests_running=0)
+    assert visit.complaints == []
