@@ -202,12 +202,12 @@ def test_the_last_thousand_tokens_of_a_long_stream_are_as_quick_as_the_second(
     growth = (marks[-1].memory - marks[1].memory) / MIB
     evidence("tokens", length)
     evidence(f"time of the last {part:,} to the second {part:,}, in the engine, in turn", ratio)
-    evidence("the same for CPU seconds of the whole server", used[1] / used[0])
     evidence(f"MiB gained between token {2 * part:,} and token {length:,}", growth)
     assert is_complete(long)
     assert len(long.arrived) == length
     assert growth <= 4
-    if at.full_size:  # a part of 300 tokens is too short to be timed on a busy machine
+    if at.full_size:  # a part of 300 tokens is too short to be timed on a busy machine, and may come in one write
+        evidence("the same for CPU seconds of the whole server", used[1] / used[0])
         assert ratio == pytest.approx(1, abs=0.1)
         assert used[1] / used[0] == pytest.approx(1, abs=0.5)
 
