@@ -12,6 +12,7 @@ from tests.scale.cluster import Cluster
 from tests.service.serving import FOR_EVER, Server
 
 SLOTS, QUEUE = 48, 8
+RUNNER = "torch"  # the native step has written so small a model's texts before anybody could kill a replica
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     targets = tmp_path_factory.mktemp("prometheus") / "targets"
-    settings = {"threads": 1, "slots": SLOTS, "queue": QUEUE, "max_new_tokens": FOR_EVER, "min_replicas": 2}
+    settings: dict[str, object] = {
+        "runner": RUNNER,
+        "threads": 1,
+        "slots": SLOTS,
+        "queue": QUEUE,
+        "max_new_tokens": FOR_EVER,
+        "min_replicas": 2,
+    }
     settings["queue_timeout_s"] = 3600  # nobody is refused because others write for ever
     cluster = Cluster(targets, checkpoint=str(checkpoint), **settings)
     try:
@@ -42,7 +50,18 @@ def replicas(cluster: Cluster) -> Cluster:
 @pytest.fixture(scope="session")
 def plain(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("plain") / "log"
-    flags = ("--checkpoint", checkpoint, "--threads", 1, "--slots", SLOTS, "--max-new-tokens", FOR_EVER)
+    flags = (
+        "--checkpoint",
+        checkpoint,
+        "--runner",
+        RUNNER,
+        "--threads",
+        1,
+        "--slots",
+        SLOTS,
+        "--max-new-tokens",
+        FOR_EVER,
+    )
     server = Server(log, *flags)
     try:
         yield server.wait_until_ready()
