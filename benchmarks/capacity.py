@@ -158,8 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=4000, help="simulated for each replica, 4,000 at least in all")
     asked = parser.parse_args(arguments)
     measured = json.loads((asked.engine or newest(RESULTS)).read_text())
-    step_s = step_times({int(rows): rate for rows, rate in measured["engine_tokens_per_second"].items()})
-    print(f"{measured['runner']}, {measured['machine']['threads']} threads a replica, {measured['date'][:10]}\n")
+    step_s = step_times({each["streams"]: each["engine"]["tokens_per_second"] for each in measured["figures"]})
+    print(f"{measured['runner']}, {measured['threads']} threads a replica, {measured['date'][:10]}\n")
     print("| replicas | slots each | requests/s | first token, p95 | between tokens | users |")
     print("|---|---|---|---|---|---|")
     for slots in asked.slots:

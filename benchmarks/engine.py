@@ -84,7 +84,7 @@ def closed_loop(engine: Engine, tokenizer: Tokenizer, queues: list[list[Request]
     while engine.has_work:
         report = engine.step()
         if report.phase is Phase.DECODE and report.batch_size == len(queues):
-            decoded, decode_s = decoded + report.batch_size, decode_s + report.seconds
+            decoded, decode_s = decoded + report.batch_size * report.steps, decode_s + report.seconds
         for sequence, _ in report.events:
             if sequence.is_finished and (queue := queue_of.pop(sequence)):
                 following = queue.pop(0)
