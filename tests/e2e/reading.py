@@ -9,6 +9,7 @@ from playwright.sync_api import Locator, Page, expect
 from tests.service.serving import PATIENCE_S
 
 PATIENCE_MS = PATIENCE_S * 1000
+LONG = 200_000  # for a text that is still being written when the test acts, on any machine
 NUM_TOKENS = 200
 
 

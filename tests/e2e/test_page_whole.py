@@ -15,6 +15,7 @@ from playwright.sync_api import Page, expect
 from tests.checkpoints import tiny_report
 from tests.e2e.conftest import OpenPage
 from tests.e2e.reading import (
+    LONG,
     PATIENCE_MS,
     expect_state,
     generate,
@@ -27,7 +28,6 @@ from tests.e2e.reading import (
 from tests.service.serving import PATIENCE_S, Server
 
 KEY = "the-4pple-is-red"
-LONG = 200_000
 
 
 @pytest.fixture

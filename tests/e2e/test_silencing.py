@@ -9,6 +9,7 @@ from playwright.sync_api import Locator, Page, Request, Route, expect
 
 from tests.e2e.conftest import OpenPage
 from tests.e2e.reading import (
+    LONG,
     PATIENCE_MS,
     choose_layer,
     expect_state,
@@ -20,8 +21,6 @@ from tests.e2e.reading import (
     written,
 )
 from tests.service.serving import Server
-
-LONG = 200_000  # for a text that is still being written when the test acts, on any machine
 
 
 def cell(page: Page, layer: int, expert: int) -> Locator:
