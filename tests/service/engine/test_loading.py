@@ -41,6 +41,18 @@ def test_the_native_step_decodes_where_it_can_be_had(
     assert warnings(caplog) == []
 
 
+def test_two_builds_of_the_step_have_two_fingerprints(
+    native_step: ctypes.CDLL, portable_step: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bits are not the same, so nobody may go on with the other's text."""
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    prints = []
+    for step in (native_step, portable_step, native_step):
+        monkeypatch.setattr(library, "load", lambda step=step: step)
+        prints.append(build(folder)[1].fingerprint)
+    assert prints[0] == prints[2] != prints[1]
+
+
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler_torch_decodes_and_one_line_says_why(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
