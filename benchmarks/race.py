@@ -18,10 +18,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from benchmarks import report
 from benchmarks.client import BrokenAnswer, Dialect, openai
@@ -60,7 +60,7 @@ class Setting:
     def context(self) -> int:
         return self.loaded.config.context_length
 
-    def gguf(self, dtype: Literal["f32", "bf16"]) -> Path:
+    def gguf(self, dtype: gguf_export.DType) -> Path:
         """Our weights for llama.cpp, written once."""
         file = self.files / f"{dtype}.gguf"
         if not file.exists():
@@ -83,7 +83,7 @@ def nobody(_: Setting) -> Iterator[Running]:
 
 
 @contextmanager
-def llama(dtype: Literal["f32", "bf16"], setting: Setting) -> Iterator[Running]:
+def llama(dtype: gguf_export.DType, setting: Setting) -> Iterator[Running]:
     python = interpreter_of(PEERS["llama.cpp"], setting.environments)
     arguments = (setting.gguf(dtype), setting.slots, setting.context, setting.threads)
     with _announced("llama.cpp", [python, HERE / "peers" / "serve_llama.py", *arguments], "model") as running:
@@ -106,8 +106,7 @@ def _announced(name: str, command: Sequence[object], model: str) -> Iterator[Run
 @contextmanager
 def vllm(setting: Setting) -> Iterator[Running]:
     python = interpreter_of(PEERS["vllm"], setting.environments)
-    with _free_port() as port:
-        pass
+    port = _free_port()
     arguments = (setting.loaded.manifest.folder, setting.slots, setting.context, port)
     command = [python, HERE / "peers" / "serve_vllm.py", *arguments]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
@@ -120,9 +119,22 @@ def vllm(setting: Setting) -> Iterator[Running]:
 
 
 @contextmanager
-def _free_port() -> Iterator[int]:
+def transformers(setting: Setting) -> Iterator[Running]:
+    python = interpreter_of(PEERS["transformers"], setting.environments)
+    folder, port = setting.loaded.manifest.folder.resolve(), _free_port()
+    command = [python, HERE / "peers" / "serve_transformers.py", folder, setting.slots, port]
+    own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(setting.threads)}
+    with _process(command, env={**os.environ, **own}, stdout=subprocess.DEVNULL) as process:
+        url = f"http://127.0.0.1:{port}"
+        _wait_for(f"{url}/health", process)
+        # A seed would be everybody's. Its last chunk, with the usage, is followed by no [DONE].
+        yield Running(url, process.pid, replace(openai(str(folder)), done=b'"usage":'))
+
+
+def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield listener.getsockname()[1]
+        port: int = listener.getsockname()[1]
+        return port
 
 
 @contextmanager
@@ -146,13 +158,18 @@ def _wait_for(url: str, process: subprocess.Popen[str]) -> None:
     raise NoServer(f"{url} does not answer")
 
 
-OURS, EMPTY = "Moescope", "empty server"
+OURS, EMPTY, ROUNDED = "Moescope", "empty server", "llama.cpp Q8_0"
+NO_PEERS = {EMPTY: "no model", ROUNDED: "other weights"}
+"""Who runs beside the race, and why: our rate is over none of theirs."""
+
 CONTESTANTS: dict[str, Callable[[Setting], Any]] = {
     "Moescope native": partial(moescope, "native"),
     "Moescope torch": partial(moescope, "torch"),
     "llama.cpp F32": partial(llama, "f32"),
     "llama.cpp BF16": partial(llama, "bf16"),
+    ROUNDED: partial(llama, "q8_0"),
     "vLLM": vllm,
+    "transformers": transformers,
     EMPTY: nobody,
 }
 
@@ -197,16 +214,21 @@ def figures(standings: dict[str, Standing]) -> dict[str, Any]:
 
 
 def ratios(found: dict[str, Any]) -> dict[int, float]:
-    """Our tokens per second over those of the quickest other, by the number of streams that both have served."""
+    """Our tokens per second over those of the quickest other with our weights, by the streams that both have served."""
     best: tuple[dict[int, float], dict[int, float]] = {}, {}
     for name, each in found.items():
-        if name == EMPTY:
+        if name in NO_PEERS:
             continue
         rates = best[not name.startswith(OURS)]
         for streams, row in each["streams"].items():
             rates[streams] = max(rates.get(streams, 0.0), row["tokens_per_second"])
     ours, theirs = best
     return {streams: round(ours[streams] / theirs[streams], 2) for streams in ours if streams in theirs}
+
+
+def label(name: str) -> str:
+    """The contestant, and why it is no peer if it is none."""
+    return f"{name} ({NO_PEERS[name]})" if name in NO_PEERS else name
 
 
 def table(found: dict[str, Any]) -> str:
@@ -222,7 +244,8 @@ def table(found: dict[str, Any]) -> str:
                 continue
             first, gap = row["first_token_ms"], row["inter_token_ms"]
             lines.append(
-                f"| {streams} | {name} | {row['tokens_per_second']:,.0f} | {first['p50']:.1f}, {first['p95']:.1f} | "
+                f"| {streams} | {label(name)} | {row['tokens_per_second']:,.0f} | "
+                f"{first['p50']:.1f}, {first['p95']:.1f} | "
                 f"{gap['p50']:.2f}, {gap['p95']:.2f}, {gap['p99']:.2f} | {row['cpu_us_per_token']:,.0f}, "
                 f"{row['client_cpu_us_per_token']:.0f} |"
             )

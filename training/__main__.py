@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("source", type=Path)
     export.add_argument("target", type=Path)
     export.add_argument("--gguf", type=Path, metavar="FILE", help="write the model for llama.cpp as well")
-    export.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="of the matrices in the GGUF file")
+    export.add_argument("--dtype", choices=["f32", "bf16", "q8_0"], default="f32", help="of the GGUF's matrices")
     return parser
 
 

@@ -30,7 +30,14 @@ END = "<|endoftext|>"
 NO_MERGE = "\u2205 \u2205"
 """llama.cpp insists on a list of merges and the library writes no empty one; this joins what no byte is written as."""
 
-DType = Literal["f32", "bf16"]
+DType = Literal["f32", "bf16", "q8_0"]
+"""What matrices are written as. Weights are bfloat16 in a checkpoint, so the first two are exact; q8_0 rounds."""
+
+_KINDS: dict[DType, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
+    "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
 
 # What llama.cpp's qwen3moe computes; a model without the field has this value.
 _COUNTERPARTS: dict[str, Any] = {"activation": "swiglu", "num_groups": 1, "groups_per_token": 1, "gates_over": "chosen"}
@@ -115,13 +122,15 @@ def _write(path: Path, loaded: Checkpoint, vocabulary: Vocabulary, dtype: DType)
     writer.add_name(loaded.manifest.name)
     _add_shape(writer, loaded.config)
     _add_vocabulary(writer, vocabulary)
-    matrices = {"f32": gguf.GGMLQuantizationType.F32, "bf16": gguf.GGMLQuantizationType.BF16}[dtype]
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if dtype == "f32" else gguf.LlamaFileType.MOSTLY_BF16)
+    matrices, file_type = _KINDS[dtype]
+    block, _ = gguf.GGML_QUANT_SIZES[matrices]
+    writer.add_file_type(file_type)
     with torch.no_grad():
         for name, tensor in tensors_of(loaded.model):
             # Rounding norms, router or head would save next to nothing; the end's row has to stay exact.
             exact = tensor.ndim == 1 or name.endswith("ffn_gate_inp.weight") or name == "output.weight"
-            kind = gguf.GGMLQuantizationType.F32 if exact else matrices
+            # Numbers that share a scale lie in one row, so rows of no whole number of blocks cannot be written so.
+            kind = gguf.GGMLQuantizationType.F32 if exact or tensor.shape[-1] % block else matrices
             data = gguf.quants.quantize(tensor.float().cpu().contiguous().numpy(), kind)
             writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()

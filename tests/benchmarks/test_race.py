@@ -93,3 +93,20 @@ def test_the_ratio_is_of_our_best_to_the_best_of_the_others_where_both_have_serv
 
     found = {"Moescope a": served(s1=50, s8=300), "Moescope b": served(s1=200, s8=100), "c": served(s1=100)}
     assert race.ratios(found | {"d": served(s1=40, s32=7)}) == {1: 2.0}
+
+
+def test_who_has_other_weights_is_told_and_is_no_peer(folder: Path, tmp_path: Path) -> None:
+    row = {
+        "tokens_per_second": 100.0,
+        "first_token_ms": {"p50": 1.0, "p95": 2.0},
+        "inter_token_ms": {"p50": 1.0, "p95": 2.0, "p99": 3.0},
+        "cpu_us_per_token": 4.0,
+        "client_cpu_us_per_token": 5.0,
+    }
+    found = {"Moescope": {"streams": {1: row}}, "llama.cpp Q8_0": {"streams": {1: row | {"tokens_per_second": 900.0}}}}
+    assert race.ratios(found) == {}
+    assert race.ratios(found | {"llama.cpp F32": {"streams": {1: row | {"tokens_per_second": 50.0}}}}) == {1: 2.0}
+    assert "| 1 | llama.cpp Q8_0 (other weights) | 900 |" in race.table(found)
+    assert "| 1 | Moescope | 100 |" in race.table(found)
+    setting = Setting(checkpoint.load(folder), 2, 1, tmp_path, tmp_path)
+    assert setting.gguf("q8_0").stat().st_size < setting.gguf("bf16").stat().st_size

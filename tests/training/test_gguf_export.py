@@ -86,6 +86,22 @@ def test_the_matrices_take_half_the_room_as_bf16(loaded: Checkpoint, tmp_path: P
     assert kinds["bf16"]["blk.0.ffn_norm.weight"] == kinds["bf16"]["output.weight"] == "F32"
 
 
+def test_q8_0_rounds_the_matrices_whose_rows_are_whole_blocks_and_nothing_else(
+    loaded: Checkpoint, tmp_path: Path
+) -> None:
+    exact = {each.name: values(each) for each in read_back(loaded, tmp_path / "f32").tensors}
+    rounded = read_back(loaded, tmp_path / "q8_0", "q8_0")
+    assert gguf.LlamaFileType(fact(rounded, "general.file_type")).name == "MOSTLY_Q8_0"
+    kinds = {each.name: each.tensor_type.name for each in rounded.tensors}
+    assert kinds["blk.0.ffn_gate_exps.weight"] == kinds["blk.0.attn_q.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    # 48 numbers a row are a block and a half.
+    assert kinds["blk.0.ffn_down_exps.weight"] == kinds["blk.0.ffn_norm.weight"] == kinds["output.weight"] == "F32"
+    for each in rounded.tensors:
+        # A block of 32 numbers is whole steps of its largest in 127, and the scale itself has 11 bits.
+        step = exact[each.name].abs().max() / 127 if each.tensor_type.name == "Q8_0" else 0.0
+        assert ((values(each) - exact[each.name]).abs() <= 0.6 * step).all(), each.name
+
+
 def test_the_facts_of_the_file_are_those_of_the_configuration(loaded: Checkpoint, tmp_path: Path) -> None:
     reader, config = read_back(loaded, tmp_path / "m.gguf"), loaded.config
     assert fact(reader, "general.architecture") == "qwen3moe"
