@@ -46,10 +46,10 @@ bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
 	@$(PY) -m benchmarks.counting
 	@$(PY) -m benchmarks.native
 
-bench-peers: .venv/train.stamp ## race llama.cpp and vLLM over HTTP, which are installed for it (ARGS='--contestants ...')
+bench-peers: .venv/train.stamp ## race llama.cpp, vLLM and transformers over HTTP, which are installed for it (ARGS='--rounds 1')
 	@exec $(PY) -m benchmarks.race $(ARGS)
 
-bench-interop: .venv/train.stamp ## compare greedy text with llama.cpp, which is installed for it (ARGS='--peers vllm')
+bench-interop: .venv/train.stamp ## compare greedy text with llama.cpp, which is installed for it (ARGS='--peers vllm transformers')
 	@exec $(PY) -m benchmarks.interop $(ARGS)
 
 # A run of a part (ARGS='-k kill') shows its scoreboard and leaves the written record alone.

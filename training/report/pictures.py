@@ -1,4 +1,5 @@
-"""Pictures of a report's figures, as PNG and GIF. The only place that knows matplotlib; it is imported when drawing.
+"""Pictures of a report's figures, as PNG and GIF. The only place in training that knows matplotlib, which is
+imported when drawing.
 
 Colour maps that colour-blind readers can tell apart: cividis for amounts, PuOr for more and less.
 """
