@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -18,7 +16,7 @@ from service.card import ModelCard
 from service.engine.sequence import SamplingParams, Sequence
 from service.engine.thread import EngineThread, NotServing, QueueFull
 from service.errors import ApiError
-from service.exchange import Abandoned, Exchange, TokenStream
+from service.exchange import Exchange, TokenStream
 from service.metrics import Metrics
 from service.schemas import MAX_PROMPT_CHARACTERS, AnyTextBody, GenerateBody, Limits, TextBody
 from service.streaming import Generation
@@ -143,23 +141,11 @@ def spell(
         raise ApiError("unknown_characters", str(error), param="prompt") from None
 
 
-@asynccontextmanager
-async def abandoned_on_disconnect(request: Request, stream: TokenStream) -> AsyncIterator[None]:
-    """Abandons the stream when the client goes away: nobody else looks before a response has begun."""
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        stream.abandon()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except Abandoned:
-        raise ApiError("client_closed") from None
-    finally:
-        watcher.cancel()
-        await asyncio.wait([watcher])
+async def abandon_on_disconnect(request: Request, stream: TokenStream) -> None:
+    """Abandons the stream when the client goes away. The body has to be read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    stream.abandon()
 
 
 def _sampling(body: TextBody, seed: int) -> SamplingParams:

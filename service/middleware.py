@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ApiError
@@ -33,6 +33,7 @@ COMMON_HEADERS: Final = {
 }
 MAX_CLIENT_ID: Final = 128
 MAX_LOGGED_PATH: Final = 200
+_RAW_HEADERS: Final = [(name.lower().encode(), value.encode()) for name, value in COMMON_HEADERS.items()]
 _ABOUT_PARTS: Final = frozenset({b"range", b"if-range"})  # files come whole; starlette's refusals are not ours
 _NOT_FOR_AN_ID: Final = re.compile(r"[^A-Za-z0-9._:+/=-]")
 
@@ -77,16 +78,16 @@ class _Call:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            headers = MutableHeaders(scope=message)
-            for name, value in self._headers():
-                headers.setdefault(name, value)
+            present = {name for name, _ in message["headers"]}
+            missing = [header for header in self._headers() if header[0] not in present]
+            message = {**message, "headers": [*message["headers"], *missing]}
         await self._send(message)
 
-    def _headers(self) -> Iterable[tuple[str, str]]:
-        yield from COMMON_HEADERS.items()
-        yield "X-Request-Id", self._id
+    def _headers(self) -> Iterable[tuple[bytes, bytes]]:
+        yield from _RAW_HEADERS
+        yield b"x-request-id", self._id.encode()
         if self._client_id:
-            yield "X-Client-Request-Id", self._client_id
+            yield b"x-client-request-id", self._client_id.encode()
 
     async def fail(self, error: Exception, receive: Receive) -> None:
         """A bug of ours: the log gets the traceback, the client an id to ask us about."""

@@ -34,11 +34,16 @@ class Bounds:
 
 
 class CountingTransport:
-    """A transport that knows what has left it. The size of a buffer alone cannot tell a standstill from a balance."""
+    """A transport that knows what has left it. The size of a buffer alone cannot tell a standstill from a balance.
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    The head of an answer leaves with what is written directly after it.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
+        self._loop = loop
         self._written = 0
+        self._head = b""
 
     @property
     def sent(self) -> int:
@@ -46,7 +51,21 @@ class CountingTransport:
 
     def write(self, data: bytes) -> None:
         self._written += len(data)
-        self._transport.write(data)
+        if not self._head and data.startswith(b"HTTP/"):
+            self._head = data
+            self._loop.call_soon(self._flush)
+        else:
+            head, self._head = self._head, b""
+            self._transport.write(head + data)
+
+    def _flush(self) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -87,7 +106,7 @@ class Protocol(HttpToolsProtocol):
         self._sent, self._sent_at = -1, 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(CountingTransport(transport))  # type: ignore[arg-type]
+        super().connection_made(CountingTransport(transport, self.loop))  # type: ignore[arg-type]
         self._due = self.loop.time() + self._bounds.head_s
         if len(self.connections) > self._bounds.connections:
             transport.abort()

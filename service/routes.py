@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import re
 from functools import partial
@@ -9,12 +10,12 @@ from functools import partial
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from service.admission import Admission, Admitted, abandoned_on_disconnect, spell
+from service.admission import Admission, Admitted, abandon_on_disconnect, spell
 from service.body import read_json_object
 from service.card import ModelCard
 from service.engine.thread import EnginePhase, EngineThread
 from service.errors import ApiError
-from service.exchange import refresh_figures
+from service.exchange import Abandoned, refresh_figures
 from service.expert_report import ExpertReport
 from service.expert_window import LONGEST_S, ExpertWindow
 from service.metrics import Metrics, expert_detail
@@ -39,7 +40,7 @@ from service.schemas import (
     parse_body,
 )
 from service.settings import Settings
-from service.streaming import Dialect, EventStream, Transcript, collect, raise_if_refused, stream_events
+from service.streaming import Dialect, EventStream, Transcript, collect, raise_if_refused
 
 
 async def respond(
@@ -47,17 +48,26 @@ async def respond(
 ) -> Response:
     """Tell what the engine writes as it comes, or all at the end. What was admitted is given back in any case."""
     stream = admitted.stream
-    give_back = partial(admission.give_back, stream)
+    watcher = asyncio.create_task(abandon_on_disconnect(request, stream))
+
+    def give_back() -> None:
+        watcher.cancel()
+        admission.give_back(stream)
+
     try:
-        async with abandoned_on_disconnect(request, stream):
-            first = await stream.next_events()
-            raise_if_refused(first[0])
-            if not admitted.body.stream:
-                return JSONResponse(await collect(dialect, stream, first))
-        return EventStream(stream_events(dialect, stream, first), give_back=give_back)
+        first = await stream.next_events()
+        raise_if_refused(first[0])
+        if admitted.body.stream:
+            return EventStream(dialect, stream, first, give_back)
+        answer = JSONResponse(await collect(dialect, stream, first))
+    except Abandoned:
+        give_back()
+        raise ApiError("client_closed") from None
     except BaseException:
         give_back()
         raise
+    give_back()
+    return answer
 
 
 def _window_of(request: Request) -> int | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -13,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.engine.sequence import BY_ITSELF, DrawnToken, Ended, Event, FinishReason
 from service.errors import ApiError
-from service.exchange import TokenStream
+from service.exchange import Abandoned, TokenStream
 
 PING_S: Final = 15.0
 PING: Final = b": ping\n\n"
@@ -163,8 +164,15 @@ def data_event(data: dict[str, Any]) -> bytes:
     return f"data: {encode_json(data)}\n\n".encode()
 
 
-async def stream_events(dialect: Dialect, stream: TokenStream, first: list[Event]) -> AsyncIterator[bytes]:
-    """Everything that is ready leaves in one write: a slow client costs fewer writes, not a longer queue."""
+Write = Callable[[bytes, bool], Awaitable[None]]
+"""Takes bytes on their way, and whether there are more to come."""
+
+
+async def write_events(dialect: Dialect, stream: TokenStream, first: list[Event], write: Write) -> None:
+    """Everything that is ready leaves in one write: a slow client costs fewer writes, not a longer queue.
+
+    Raises Abandoned when the client is gone.
+    """
     chunk, events, written_at = dialect.start_event(), first, time.monotonic()
     while True:
         num_tokens = 0
@@ -172,14 +180,15 @@ async def stream_events(dialect: Dialect, stream: TokenStream, first: list[Event
             chunk += dialect.event(event)
             num_tokens += isinstance(event, DrawnToken)
             if len(chunk) >= MOST_BYTES:
-                yield chunk
+                await write(chunk, True)
                 stream.take(num_tokens)
                 chunk, num_tokens, written_at = b"", 0, time.monotonic()
-        if chunk or time.monotonic() - written_at >= PING_S:
-            yield chunk or PING
+        has_ended = bool(events) and isinstance(events[-1], Ended)
+        if chunk or has_ended or time.monotonic() - written_at >= PING_S:
+            await write(chunk or (b"" if has_ended else PING), not has_ended)
             chunk, written_at = b"", time.monotonic()
         stream.take(num_tokens)
-        if events and isinstance(events[-1], Ended):
+        if has_ended:
             return
         events = await stream.next_events(PING_S)
 
@@ -201,15 +210,26 @@ async def collect(dialect: Dialect, stream: TokenStream, first: list[Event]) -> 
 
 
 class EventStream(StreamingResponse):
-    """A streaming response that gives back what it holds however it ends, even if it never begins."""
+    """Writes a stream's events, and gives back what it holds however it ends, even if it never begins.
 
-    def __init__(self, content: AsyncIterator[bytes], give_back: Callable[[], None]) -> None:
-        super().__init__(content, media_type="text/event-stream", headers=SSE_HEADERS)
+    Whoever made it watches for the client, so that this needs no tasks of its own: they are a tenth of a short answer.
+    """
+
+    def __init__(
+        self, dialect: Dialect, stream: TokenStream, first: list[Event], give_back: Callable[[], None]
+    ) -> None:
+        super().__init__((), media_type="text/event-stream", headers=SSE_HEADERS)
+        self._dialect, self._stream, self._first = dialect, stream, first
         self._give_back = give_back
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(content: bytes, is_more: bool) -> None:
+            await send({"type": "http.response.body", "body": content, "more_body": is_more})
+
         try:
-            await super().__call__(scope, receive, send)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            with suppress(Abandoned):
+                await write_events(self._dialect, self._stream, self._first, write)
         finally:
             self._give_back()
 

@@ -204,7 +204,7 @@ def fast_products(device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
-    products = torch.backends.mkldnn.matmul
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set when it is imported
     before = products.fp32_precision
     products.fp32_precision = "bf16"
     try:

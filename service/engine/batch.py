@@ -1,6 +1,6 @@
 """Turns a plan into tensors. The only place where sequences meet arrays.
 
-Letters: B rows of a decode step, padding included, T rows of a prompt's chunk, L layers, E experts.
+Letters: B rows of a decode step, padding included, T rows of prompts' chunks, P prompts, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from service.engine.sequence import Sequence
 class Wishes:
     """What only some requests ask for, and None where nobody does.
 
-    num_logprobs is the most alternatives that any row wants; disabled (B, L, E) of bool, with B = 1 for a prompt.
+    num_logprobs is the most alternatives that any row wants; disabled (B, L, E) of bool, or (P, L, E) for prompts.
     """
 
     num_logprobs: int | None
@@ -28,14 +28,24 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class PrefillBatch:
-    """A chunk of one prompt: ids (T,), of which num_tokens are real; draws after its last token if asked."""
+class Piece:
+    """num_tokens of a prompt, which lie in a slot from position start on; a token is drawn after the last if asked."""
 
-    ids: Tensor
     slot: int
     start: int
     num_tokens: int
     draws: bool
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """A chunk of each of P prompts: ids (T,), one chunk after the other, each padded if the layout is.
+
+    Options are of those that draw, disabled experts of all.
+    """
+
+    ids: Tensor
+    pieces: tuple[Piece, ...]
     options: SamplingBatch
     wishes: Wishes
 
@@ -65,24 +75,29 @@ class Layout:
     num_experts: int
     row_multiple: int = ROW_MULTIPLE
 
+    @property
+    def is_padded(self) -> bool:
+        return self.row_multiple > 1
+
 
 def build_batch(plan: Plan, layout: Layout) -> Batch:
     return _prefill(plan, layout) if isinstance(plan, PrefillPlan) else _decode(plan, layout)
 
 
 def _prefill(plan: PrefillPlan, layout: Layout) -> PrefillBatch:
-    sequence = plan.sequence
-    assert sequence.slot is not None
-    ids = list(sequence.prompt_ids[plan.start : plan.start + plan.num_tokens])
-    ids += [0] * (plan.num_rows - plan.num_tokens)
+    ids: list[int] = []
+    pieces = []
+    for chunk in plan.chunks:
+        sequence = chunk.sequence
+        assert sequence.slot is not None
+        ids += sequence.prompt_ids[chunk.start : chunk.start + chunk.num_tokens]
+        ids += [0] * (chunk.num_rows - chunk.num_tokens if layout.is_padded else 0)
+        pieces.append(Piece(sequence.slot, chunk.start, chunk.num_tokens, chunk.completes_the_prompt))
     return PrefillBatch(
-        ids=torch.tensor(ids, device=layout.device),
-        slot=sequence.slot,
-        start=plan.start,
-        num_tokens=plan.num_tokens,
-        draws=plan.completes_the_prompt,
-        options=_options([sequence], 0, layout.device),
-        wishes=_wishes([sequence], 0, layout),
+        torch.tensor(ids, device=layout.device),
+        tuple(pieces),
+        _options(list(plan.sequences), 0, layout.device),
+        _wishes([chunk.sequence for chunk in plan.chunks], 0, layout),
     )
 
 
@@ -115,6 +130,6 @@ def _options(sequences: list[Sequence], padding: int, device: torch.device) -> S
     params = [sequence.params for sequence in sequences]
     reals = [(p.temperature, p.top_p, p.min_p) for p in params] + [(0.0, 1.0, 0.0)] * padding
     integers = [(p.top_k, p.seed) for p in params] + [(0, 0)] * padding
-    temperature, top_p, min_p = torch.tensor(reals, dtype=torch.float64, device=device).unbind(1)
-    top_k, seed = torch.tensor(integers, device=device).unbind(1)
+    temperature, top_p, min_p = torch.tensor(reals, dtype=torch.float64, device=device).view(-1, 3).unbind(1)
+    top_k, seed = torch.tensor(integers, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
     return SamplingBatch(temperature, top_k, top_p, min_p, seed)

@@ -84,14 +84,15 @@ class Engine:
         """Run one step for whoever's turn it is, or a burst of them where the runner can and nobody is kept waiting."""
         started = self._clock()
         self._scheduler.admit(started)
-        plan = self._scheduler.schedule(started)
+        plan = self._scheduler.schedule(started, self.runner.prompt_tokens)
         if plan is None:
             return StepReport(())
         steps = 1 if isinstance(plan, PrefillPlan) else self._burst(plan)
         drawn = self.runner.run(build_batch(plan, self.runner.layout), steps)
         if isinstance(plan, PrefillPlan):
-            plan.sequence.num_prefilled += plan.num_tokens
-            self._feed(plan.sequence, Phase.PREFILL, plan.num_tokens)
+            for chunk in plan.chunks:
+                chunk.sequence.num_prefilled += chunk.num_tokens
+                self._feed(chunk.sequence, Phase.PREFILL, chunk.num_tokens)
         else:
             self._step_s, self._num_rows = (self._clock() - started) / steps, len(plan.sequences)
         if drawn:

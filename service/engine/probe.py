@@ -8,7 +8,7 @@ from __future__ import annotations
 from service.engine.batch import build_batch
 from service.engine.drawn import Rows
 from service.engine.runner import Runner
-from service.engine.scheduler import PREFILL_ROWS, DecodePlan, PrefillPlan
+from service.engine.scheduler import PREFILL_ROWS, Chunk, DecodePlan, PrefillPlan
 from service.engine.sequence import DrawnToken, SamplingParams, Sequence
 
 STEPS = 8
@@ -57,7 +57,7 @@ def _trace(runner: Runner, num_slots: int, vocab_size: int) -> list[list[DrawnTo
 def _read(runner: Runner, sequence: Sequence) -> list[DrawnToken]:
     """Prefill a whole prompt in two chunks; the first token of who has none yet."""
     for start, count, rows in ((0, PREFILL_ROWS, PREFILL_ROWS), (PREFILL_ROWS, 3, PREFILL_ROWS)):
-        drawn = runner.run(build_batch(PrefillPlan(sequence, start, count, rows), runner.layout), steps=1)
+        drawn = runner.run(build_batch(PrefillPlan((Chunk(sequence, start, count, rows),)), runner.layout), steps=1)
     assert drawn is not None
     token = Rows.of(drawn, (sequence,)).token(0, 0, sequence)
     sequence.token_ids, sequence.num_fed = [token.token_id], PROMPT_LENGTH

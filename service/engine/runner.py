@@ -33,13 +33,15 @@ class Runner(Protocol):
     """What else, beside the sources, decides bits: of the step that was compiled, its hash."""
     most_steps: int
     """How many steps one call can make."""
+    prompt_tokens: int
+    """How many tokens of several prompts together one call can read; a chunk of one prompt may have more."""
 
     @property
     def layout(self) -> Layout:
         """What batches have to fit."""
 
     def run(self, batch: Batch, steps: int) -> Drawn | None:
-        """So many steps of a decode batch, or one of a prompt; None after a chunk that does not end its prompt."""
+        """So many steps of a decode batch, or one of prompts; None where none of them ends."""
 
     def clear(self, slot: int) -> None:
         """Make a slot's cache harmless."""
@@ -56,7 +58,7 @@ class TorchRunner:
 
     name = "torch"
     build = str(torch.__version__)
-    most_steps = 1
+    most_steps, prompt_tokens = 1, 0
 
     def __init__(self, model: Transformer, num_slots: int, counters: ExpertCounters) -> None:
         self._model = model
@@ -82,18 +84,19 @@ class TorchRunner:
         self.layout = replace(self.layout, row_multiple=multiple)
 
     def prefill(self, batch: PrefillBatch) -> Drawn | None:
-        num_rows, num_tokens = len(batch.ids), batch.num_tokens
-        positions = torch.arange(batch.start, batch.start + num_rows, device=self._device)
-        view = self.cache.prefill(batch.slot, batch.start, num_tokens, num_rows)
+        (piece,) = batch.pieces
+        num_rows, num_tokens = len(batch.ids), piece.num_tokens
+        positions = torch.arange(piece.start, piece.start + num_rows, device=self._device)
+        view = self.cache.prefill(piece.slot, piece.start, num_tokens, num_rows)
         hidden, routings = self._model.hidden(batch.ids[None], positions[None], view.layer, batch.wishes.disabled)
         real = [_rows(routing, slice(0, num_tokens)) for routing in routings]
         drawn = None
-        if batch.draws:
+        if piece.draws:
             last = slice(num_tokens - 1, num_tokens)
             routed = [_rows(routing, last) for routing in real]
             drawn = self._draw(hidden[0, last], batch, positions[last] + 1, routed, 1)
         # Counted last, because a step that raises has fed nothing.
-        self.counters.add(Phase.PREFILL, torch.full((num_tokens,), batch.slot, device=self._device), real)
+        self.counters.add(Phase.PREFILL, torch.full((num_tokens,), piece.slot, device=self._device), real)
         return drawn
 
     def _decode(self, batch: DecodeBatch) -> Drawn:

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from service.engine.sequence import Phase, Sequence
 
 READING_S = 0.02
-"""So long, and a chunk more, running streams wait at most while prompts are read."""
+"""So long, and one call of the runner more, running streams wait at most while prompts are read."""
 # A prompt's last chunk is padded to a multiple of this, so that its shape depends on the prompt's length alone.
 PREFILL_ROWS = 16
 
 
 @dataclass(frozen=True)
-class PrefillPlan:
-    """Feed num_tokens of one prompt, from position start on, in a chunk padded to num_rows."""
+class Chunk:
+    """num_tokens of one prompt, from position start on, padded to num_rows."""
 
     sequence: Sequence
     start: int
     num_tokens: int
     num_rows: int
-    phase: Phase = Phase.PREFILL
-
-    @property
-    def sequences(self) -> tuple[Sequence, ...]:
-        return (self.sequence,)
 
     @property
     def completes_the_prompt(self) -> bool:
         return self.start + self.num_tokens == len(self.sequence.prompt_ids)
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """Feed a chunk of each of some prompts."""
+
+    chunks: tuple[Chunk, ...]
+    phase: Phase = Phase.PREFILL
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Those that draw a token, because their prompts are read then."""
+        return tuple(chunk.sequence for chunk in self.chunks if chunk.completes_the_prompt)
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Scheduler:
     """The queue, the slots, and whose turn it is. First come, first served.
 
     Prompts are read first, as many as READING_S has room for, at least a chunk: whoever waits for a first token waits
-    for all before it, and what then is drawn is drawn for a fuller house.
+    for those before it, and what then is drawn is drawn for a fuller house.
     """
 
     def __init__(self, num_slots: int, prefill_chunk: int) -> None:
@@ -98,19 +107,20 @@ class Scheduler:
             sequence.admitted_at = now
             self._running.append(sequence)
 
-    def schedule(self, now: float) -> Plan | None:
-        """The next step: one chunk of the oldest unread prompt, or one token for everybody else, in turn.
+    def schedule(self, now: float, prompt_tokens: int = 0) -> Plan | None:
+        """The next step: a chunk of each of the oldest unread prompts, or one token for everybody else, in turn.
 
-        A paused sequence keeps its slot and is passed over. None when there is nobody else.
+        Several prompts together have prompt_tokens at most. A paused sequence keeps its slot and is passed over. None
+        when there is nobody else.
         """
-        prompt = next((sequence for sequence in self._running if not sequence.is_prefilled), None)
+        prompts = [sequence for sequence in self._running if not sequence.is_prefilled]
         decoding = tuple(each for each in self._running if each.is_prefilled and not each.is_paused)
         has_time_to_read = self._reading_since is None or now - self._reading_since < READING_S
-        if prompt and (has_time_to_read or not decoding):
+        if prompts and (has_time_to_read or not decoding):
             self._reading_since = now if self._reading_since is None else self._reading_since
-            return self._chunk(prompt)
+            return PrefillPlan(tuple(self._chunks(prompts, prompt_tokens)))
         self._reading_since = None
-        return DecodePlan(decoding, somebody_waits=prompt is not None) if decoding else None
+        return DecodePlan(decoding, somebody_waits=bool(prompts)) if decoding else None
 
     def holds(self, sequence: Sequence) -> bool:
         return sequence in self._running or sequence in self._waiting
@@ -125,6 +135,15 @@ class Scheduler:
         heapq.heappush(self._free, sequence.slot)
         sequence.slot = None
 
-    def _chunk(self, sequence: Sequence) -> PrefillPlan:
+    def _chunks(self, prompts: list[Sequence], most: int) -> Iterator[Chunk]:
+        """Of the first of the prompts one, and of those after it as long as there is room."""
+        for number, sequence in enumerate(prompts):
+            chunk = self._chunk(sequence)
+            most -= chunk.num_tokens
+            if number and most < 0:
+                return
+            yield chunk
+
+    def _chunk(self, sequence: Sequence) -> Chunk:
         num_tokens = min(self._prefill_chunk, len(sequence.prompt_ids) - sequence.num_prefilled)
-        return PrefillPlan(sequence, sequence.num_prefilled, num_tokens, num_tokens + -num_tokens % PREFILL_ROWS)
+        return Chunk(sequence, sequence.num_prefilled, num_tokens, num_tokens + -num_tokens % PREFILL_ROWS)

@@ -181,7 +181,7 @@ def test_clients_that_die_in_five_ways_leave_slots_descriptors_and_tasks_as_they
     monkeypatch.setenv("STALLED_AFTER_S", str(at(3, STALLED_AFTER_S)))
     each, rounds = at(1, 2), at(1, 4)
     running = 2 * 5 * each * 2  # decoding and reading their prompts, in five ways, streaming and not
-    flags = ("--slots", running, "--prefill-chunk", 16)
+    flags = ("--slots", running, "--prefill-chunk", 16, "--runner", "torch")  # native reads them before they are left
     server = start_server(*flags, module="tests.service.watched").wait_until_ready()
     server.answer(max_new_tokens=3, **FAT)
     before, began = Books.of(server), time.monotonic()

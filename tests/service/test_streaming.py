@@ -13,7 +13,7 @@ from service import streaming
 from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, SamplingParams, Sequence
 from service.errors import ApiError
 from service.exchange import TokenStream
-from service.streaming import Generation, Transcript, raise_if_refused, sse, stream_events
+from service.streaming import Generation, Transcript, raise_if_refused, sse, write_events
 
 ENDED = Ended(
     FinishReason.LENGTH,
@@ -91,11 +91,14 @@ def test_a_token_counts_as_taken_when_it_has_left_and_not_when_it_was_fetched(tr
         stream = TokenStream(sequence, "an-id", streams=True)
         taken = []
         tokens: list[Event] = [DrawnToken(index, 1, "a" * 40_000) for index in range(4)]
-        async for _ in stream_events(transcript, stream, [*tokens, ENDED]):
-            taken.append(sequence.num_taken)  # a reader who comes back for more has had what came before
+
+        async def write(_: bytes, is_more: bool) -> None:
+            taken.append(sequence.num_taken)  # whoever is written to again has taken what came before
+
+        await write_events(transcript, stream, [*tokens, ENDED], write)
         return [*taken, sequence.num_taken]
 
-    assert asyncio.run(read()) == [0, 2, 4, 4]
+    assert asyncio.run(read()) == [0, 2, 4, 4, 4]  # two of tokens, the end with its text, nothing more, and after them
 
 
 def test_whoever_hears_nothing_for_long_hears_a_ping(transcript: Transcript, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,18 +106,22 @@ def test_whoever_hears_nothing_for_long_hears_a_ping(transcript: Transcript, mon
 
     async def read() -> list[bytes]:
         stream = TokenStream(Sequence((1,), SamplingParams()), "an-id", streams=True)
-        chunks = stream_events(transcript, stream, [DrawnToken(0, 1, "a")])
-        said = [await anext(chunks)]
-        for patience_s in (1000.0, 0.0):
-            monkeypatch.setattr(streaming, "PING_S", patience_s)
-            waiting = asyncio.ensure_future(anext(chunks))
-            for _ in range(5):
-                await asyncio.sleep(0)
-                stream.nudge()
-            if patience_s:
-                assert not waiting.done()
-                stream.deliver([DrawnToken(1, 1, "a")])
-            said.append(await waiting)
+        monkeypatch.setattr(streaming, "PING_S", 1000.0)
+        chunks = asyncio.Queue[bytes](1)
+
+        async def write(content: bytes, is_more: bool) -> None:
+            await chunks.put(content)
+
+        writing = asyncio.create_task(write_events(transcript, stream, [DrawnToken(0, 1, "a")], write))
+        said = [await chunks.get()]
+        for _ in range(5):
+            await asyncio.sleep(0)
+            stream.nudge()
+        assert chunks.empty()
+        monkeypatch.setattr(streaming, "PING_S", 0.0)
+        stream.deliver([DrawnToken(1, 1, "a")])
+        said += [await chunks.get(), await chunks.get()]
+        writing.cancel()
         return said
 
     start, token, ping = asyncio.run(read())

@@ -60,8 +60,8 @@ class _Memory(ctypes.Structure):
 
 class _Steps(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_int32, "rows steps drawing is_prompt team"),
-        *_fields(ctypes.c_void_p, "ids slots positions disabled temperature top_p min_p top_k seed"),
+        *_fields(ctypes.c_int32, "rows steps drawing prompts team"),
+        *_fields(ctypes.c_void_p, "lengths draws ids slots positions disabled temperature top_p min_p top_k seed"),
         *_fields(ctypes.c_void_p, "token_ids finite expert_ids expert_weights logits seconds"),
     ]
 
@@ -80,6 +80,7 @@ class NativeRunner:
 
     name = "native"
     most_steps = 16
+    prompt_tokens = 256
 
     def __init__(
         self, library: ctypes.CDLL, model: Transformer, num_slots: int, counters: ExpertCounters, threads: int
@@ -117,34 +118,51 @@ class NativeRunner:
 
     def run(self, batch: Batch, steps: int, seconds: Tensor | None = None) -> Drawn | None:
         """Where seconds (PARTS,) of float64 are given, the time of each part, as the first thread sees it, is added."""
-        rows, wishes, options = batch.num_tokens, batch.wishes, batch.options
-        is_prompt = isinstance(batch, PrefillBatch)
+        wishes, options = batch.wishes, batch.options
+        lengths = draws = None
         if isinstance(batch, PrefillBatch):
             assert steps == 1
-            drawing = int(batch.draws)
-            slots, positions = torch.full((rows,), batch.slot), torch.arange(batch.start, batch.start + rows)
-            disabled = None if wishes.disabled is None else wishes.disabled.expand(rows, -1, -1).contiguous()
+            lengths = torch.tensor([piece.num_tokens for piece in batch.pieces])
+            draws = torch.tensor([piece.draws for piece in batch.pieces])
+            ids, slots, positions, disabled = _rows(batch)
+            rows, prompts, drawing = len(ids), len(lengths), sum(piece.draws for piece in batch.pieces)
         else:
-            drawing, slots, positions, disabled = rows, batch.slots, batch.positions, wishes.disabled
+            ids, slots, positions, disabled = batch.ids, batch.slots, batch.positions, wishes.disabled
+            rows = drawing = batch.num_tokens
+            prompts = 0
         drawn = torch.empty(steps, drawing, dtype=torch.int64), torch.empty(steps, drawing, dtype=torch.bool)
         routed = (steps, drawing, self._config.num_layers, self._config.experts_per_token)
         routing = torch.empty(routed, dtype=torch.int64), torch.empty(routed)
         wanted = wishes.num_logprobs
         logits = None if wanted is None else torch.empty(steps, drawing, self._config.vocab_size)
         arrays = [
-            *(batch.ids, slots, positions, disabled),
+            *(lengths, draws, ids, slots, positions, disabled),
             *(options.temperature, options.top_p, options.min_p, options.top_k, options.seed),
             *(*drawn, *routing, logits, seconds),
         ]
         arrays = [None if each is None else each.contiguous() for each in arrays]
         addresses = (None if each is None else each.data_ptr() for each in arrays)
-        now = _Steps(rows, steps, drawing, is_prompt, self.threads, *addresses)
+        now = _Steps(rows, steps, drawing, prompts, self.threads, *addresses)
         self._library.moescope_run(self._step, ctypes.byref(now))
         if not drawing:
             return None
         return Drawn(
             *drawn, *routing, None if logits is None or wanted is None else _logprobs(logits, drawn[0], wanted)
         )
+
+
+def _rows(batch: PrefillBatch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Ids, slots and positions (T,) and disabled experts (T, L, E), with the rows that draw behind all others."""
+    rows: list[tuple[int, int, int, int]] = []  # each row's place in the batch, its prompt, slot and position
+    drawing: list[tuple[int, int, int, int]] = []
+    for prompt, piece in enumerate(batch.pieces):
+        first = len(rows) + len(drawing)
+        rows += [(first + at, prompt, piece.slot, piece.start + at) for at in range(piece.num_tokens)]
+        if piece.draws:
+            drawing.append(rows.pop())
+    places, prompts, slots, positions = torch.tensor(rows + drawing).unbind(1)
+    disabled = batch.wishes.disabled
+    return batch.ids[places], slots, positions, None if disabled is None else disabled[prompts]
 
 
 def _logprobs(logits: Tensor, token_ids: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:

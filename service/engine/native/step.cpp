@@ -33,7 +33,8 @@ constexpr int LANES = 16; // the numbers in one vector; so many columns of a mat
 constexpr int LANES = 8;
 #endif
 constexpr int MOST_ROWS = 8; // that are multiplied at a time
-constexpr int MOST_PROMPT_ROWS = 64; // that walk through the layers at a time
+constexpr int PROMPT_ROWS = 64; // of one prompt, that walk through the layers at a time
+constexpr int MOST_PROMPT_ROWS = 256; // of several prompts
 constexpr int RING_MULTIPLE = 16; // the memory's, whatever LANES is
 constexpr int MOST_HEADS = 3; // that look at the same keys at a time
 typedef float Vec __attribute__((vector_size(4 * LANES)));
@@ -256,13 +257,17 @@ struct Memory {
   int64_t *tokens, *gate_weight;
 };
 
-// B rows: either some steps of as many sequences, or, once, successive tokens of one slot's prompt. Of the rows the last
-// N draw: all of a decode step, the last of a prompt or none. ids, slots, positions (B,) say what is fed first; disabled
-// (B, L, E) or null; the options are (N,). The outputs are those of every step: token_ids and finite (steps, N),
-// expert_ids and expert_weights (steps, N, L, K), logits (steps, N, V) or null.
+// B rows: either some steps of as many sequences, or, once, successive tokens of the prompts of P slots. Of the rows the
+// last N draw: all of a decode step; of prompts the last rows of those that draws (P,) names, and before them the other
+// rows, one prompt after the other, each of lengths (P,) in all. Several prompts have 256 rows together at most. ids,
+// slots, positions (B,) say what is fed first; disabled (B, L, E) or null; the options are (N,). The outputs are those of
+// every step: token_ids and finite (steps, N), expert_ids and expert_weights (steps, N, L, K), logits (steps, N, V) or null.
 struct Steps {
-  int32_t rows, steps, drawing, is_prompt;
+  int32_t rows, steps, drawing;
+  int32_t prompts; // 0 for decode steps
   int32_t team; // how many threads share the work, at most those that there are
+  const int64_t *lengths;
+  const uint8_t *draws;
   const int64_t *ids, *slots, *positions;
   const uint8_t *disabled;
   const double *temperature, *top_p, *min_p;
@@ -452,7 +457,7 @@ private:
 
   void walk(int t) {
     const Steps &now = *job;
-    const int most = now.is_prompt ? MOST_PROMPT_ROWS : now.rows;
+    const int most = now.prompts == 1 ? PROMPT_ROWS : now.rows;
     for (int step = 0; step < now.steps; step++) {
       for (int first = 0; first < now.rows; first += most) {
         const int rows = std::min(most, now.rows - first);
@@ -514,10 +519,9 @@ private:
     const int units = by_head ? heads : layer.qkv.count, each = layer.qkv.count / units;
     multiply(layer.qkv, begin(units, t) * each, end(units, t) * each, own.x.data(), own.y.data(), rows);
     by_head ? lap(t, QKV) : meet(t, QKV);
-    // A position's key takes the place of one that its predecessors in a prompt have still to look at, so these come first.
-    const int texts = job->is_prompt ? 1 : rows, length = rows / texts, items = texts * heads;
+    const int texts = job->prompts ? job->prompts : rows, items = texts * heads;
     for (int item = begin(items, t); item < end(items, t); item++)
-      for (int r = 0; r < length; r++) attend(own, layer, pass, l, item % texts + r, item / texts);
+      each_row(pass, item % texts, [&](int r) { attend(own, layer, pass, l, r, item / texts); });
     meet(t, ATTENTION);
     for (int r = 0; r < rows; r++) own.x[r] = &attended[(size_t)r * width], own.y[r] = &own.outer[(size_t)r * s.channels];
     const int first = begin(layer.out.count, t), last = end(layer.out.count, t);
@@ -525,6 +529,22 @@ private:
     for (int r = 0; r < rows; r++)
       for (int i = first * LANES; i < last * LANES; i += LANES) add(&x[(size_t)r * s.channels + i], load(own.y[r] + i));
     meet(t, OUT);
+  }
+
+  // A text's rows in the order of their positions: a key takes the place of one that its predecessors have still to look at.
+  template <typename Do> void each_row(const Pass &pass, int text, Do what) const {
+    if (job->prompts < 2) {
+      const int rows = job->prompts ? pass.rows : 1;
+      for (int r = text; r < text + rows; r++) what(r);
+      return;
+    }
+    int first = 0, last = pass.drawing;
+    for (int other = 0; other < text; other++) {
+      first += (int)job->lengths[other] - job->draws[other];
+      last += job->draws[other];
+    }
+    for (int r = first; r < first + job->lengths[text] - job->draws[text]; r++) what(r);
+    if (job->draws[text]) what(last);
   }
 
   static void add(float *to, Vec what) { store(to, load(to) + what); }
@@ -649,7 +669,7 @@ private:
     for (int r = 0; r < pass.rows; r++) route(own, pass, l, r);
     lap(t, ROUTER);
     // No two threads may write in one slot's books, and a prompt has but one slot.
-    const bool alone = job->is_prompt, has_turn = l % job->team == t;
+    const bool alone = job->prompts > 0, has_turn = l % job->team == t;
     for (int r = alone ? 0 : begin(pass.rows, t); r < (alone ? has_turn * pass.rows : end(pass.rows, t)); r++)
       enter_in_the_books(own, pass, l, r);
     lap(t, COUNTING);
@@ -688,7 +708,7 @@ private:
   }
 
   void enter_in_the_books(const Scratch &own, const Pass &pass, int l, int r) {
-    const size_t slot = job->slots[pass.first + r], phase = job->is_prompt ? 0 : 1;
+    const size_t slot = job->slots[pass.first + r], phase = job->prompts ? 0 : 1;
     int64_t *tokens = memory.tokens + ((slot * 2 + phase) * s.layers + l) * s.experts;
     int64_t *gate_weight = memory.gate_weight + (slot * s.layers + l) * s.experts;
     for (int k = 0; k < s.chosen; k++) {

@@ -70,9 +70,9 @@ struct Told {
   bool operator==(const Told &) const = default;
 };
 
-// Rows with every option on and off: in slots of their own and beyond the ring's end or not, or else a prompt in one slot
-// that is read once and draws after its last row.
-Told burst(void *model, const Shape &s, int threads, int rows, int steps, bool is_prompt, int64_t seed) {
+// Rows with every option on and off: in slots of their own and beyond the ring's end or not, or else some prompts in as
+// many slots, each of which is read once; every other one draws after its last row.
+Told burst(void *model, const Shape &s, int threads, int rows, int steps, int prompts, int64_t seed) {
   Chance chance{std::mt19937_64((uint64_t)seed)};
   vector<int64_t> ids(rows), slots(rows), positions(rows), top_k(rows), seeds(rows);
   vector<double> temperature(rows), top_p(rows), min_p(rows);
@@ -83,15 +83,24 @@ Told burst(void *model, const Shape &s, int threads, int rows, int steps, bool i
     top_p[r] = chance.below(2) ? 1 : 0.8, min_p[r] = chance.below(2) ? 0 : 0.05;
     if (s.experts > s.chosen && r % 2) disabled[((size_t)r * s.layers) * s.experts + chance.below(s.experts)] = 1;
   }
-  if (is_prompt)
-    for (int r = 0; r < rows; r++) slots[r] = slots[0], positions[r] = positions[0] + r;
-  const int drawing = is_prompt ? 1 : rows;
+  vector<int64_t> lengths(prompts);
+  vector<uint8_t> draws(prompts);
+  const int drawing = prompts ? (prompts + 1) / 2 : rows;
+  for (int prompt = 0, row = 0, last = rows - drawing; prompt < prompts; prompt++) {
+    lengths[prompt] = rows / prompts + (prompt < rows % prompts), draws[prompt] = prompt % 2 == 0;
+    const int64_t start = chance.below(3 * s.ring);
+    for (int64_t at = 0; at < lengths[prompt]; at++) {
+      const int r = draws[prompt] && at + 1 == lengths[prompt] ? last++ : row++;
+      slots[r] = prompt, positions[r] = start + at;
+    }
+  }
   const size_t drawn = (size_t)steps * drawing, routed = drawn * s.layers * s.chosen;
   const bool wants_logits = seed % 2, is_knocked_out = seed % 3 == 0;
   Told told{vector<int64_t>(drawn), vector<int64_t>(routed), vector<uint8_t>(drawn), vector<float>(routed),
             vector<float>(wants_logits ? drawn * s.vocab : 0)};
   Steps now{};
-  now.rows = rows, now.steps = steps, now.drawing = drawing, now.is_prompt = is_prompt, now.team = threads;
+  now.rows = rows, now.steps = steps, now.drawing = drawing, now.prompts = prompts, now.team = threads;
+  now.lengths = lengths.data(), now.draws = draws.data();
   now.ids = ids.data(), now.slots = slots.data(), now.positions = positions.data();
   now.disabled = is_knocked_out ? disabled.data() : nullptr;
   now.temperature = temperature.data(), now.top_p = top_p.data(), now.min_p = min_p.data();
@@ -126,9 +135,9 @@ Result walk_through(const Shape &s, const Network &network, int threads) {
   int64_t seed = 0;
   for (int rows : {1, 2, 7, 9, s.slots})
     for (int steps : {1, 3, 16}) {
-      result.told.push_back(burst(model, s, threads, rows, steps, false, seed++));
-      result.told.push_back(burst(model, s, threads, 5 * rows, 1, true, seed++));
-      result.fed += rows * steps + 5 * rows;
+      result.told.push_back(burst(model, s, threads, rows, steps, 0, seed++));
+      for (int prompts : {1, std::min(3, rows)}) result.told.push_back(burst(model, s, threads, 5 * rows, 1, prompts, seed++));
+      result.fed += rows * steps + 10 * rows;
     }
   moescope_delete(model);
   result.tokens = state.tokens, result.gate_weight = state.gate_weight;

@@ -21,7 +21,7 @@ from model import checkpoint
 from model.routing import WEIGHT_SCALE
 from model.sampling import SamplingBatch, draw
 from model.transformer import Transformer
-from service.engine.batch import DecodeBatch, PrefillBatch, Wishes
+from service.engine.batch import DecodeBatch, Piece, PrefillBatch, Wishes
 from service.engine.counters import ExpertCounters
 from service.engine.drawn import Drawn
 from service.engine.engine import Engine
@@ -94,9 +94,10 @@ def read_prompt(runner: Runner, ids: Tensor, chunks: list[int], slot: int = 0, w
     """Read a prompt (T,) in chunks of these lengths, and draw what comes next."""
     start, drawn = 0, None
     for chunk in ids.split(chunks):
-        padded = F.pad(chunk, (0, -len(chunk) % PREFILL_ROWS))
+        padded = F.pad(chunk, (0, -len(chunk) % PREFILL_ROWS if runner.layout.is_padded else 0))
         ends = start + len(chunk) == len(ids)
-        batch = PrefillBatch(padded, slot, start, len(chunk), ends, options(1, slot), wishes or Wishes(10, None))
+        piece = Piece(slot, start, len(chunk), ends)
+        batch = PrefillBatch(padded, (piece,), options(int(ends), slot), wishes or Wishes(10, None))
         drawn = runner.run(batch, 1)
         assert bool(drawn) == ends
         start += len(chunk)
@@ -161,6 +162,39 @@ def test_a_prompt_has_the_bits_of_as_many_steps_however_it_is_cut_and_by_however
     for threads, chunks in [(1, [len(ids)]), (2, [16] * 10 + [len(ids) - 160]), (3, [1, 64, len(ids) - 65])]:
         runner = native(step, model, threads=threads)
         assert told(runner, read_prompt(runner, ids, chunks)) == expected, (threads, chunks)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_prompts_that_are_read_together_have_the_bits_of_each_alone(step: ctypes.CDLL, threads: int) -> None:
+    """Some end with the chunk, some go on, one has begun earlier, and one may not have all experts."""
+    model = model_of(num_heads=4, num_kv_heads=2, num_experts=6)
+    context, chance = model.config.context_length, torch.Generator().manual_seed(6)
+    lengths, starts, draws = [5, 70, 1, 33], [0, context - 20, 0, 7], [True, False, True, True]
+    texts = [torch.randint(65, (length,), generator=chance) for length in lengths]
+    disabled = torch.zeros(4, model.config.num_layers, 6, dtype=torch.bool)
+    disabled[3, 1, 2] = True
+
+    def told(together: bool) -> list[Any]:
+        runner, drawn = native(step, model, threads=threads), list[Any]()
+        for slot, start in enumerate(starts):
+            if start:  # what stands before
+                before = torch.arange(start) % 65
+                runner.run(PrefillBatch(before, (Piece(slot, 0, start, False),), options(0), Wishes(None, None)), 1)
+        pieces = tuple(map(Piece, range(4), starts, lengths, draws))
+        for group in [range(4)] if together else [[each] for each in range(4)]:
+            ids, wishes = torch.cat([texts[each] for each in group]), Wishes(10, disabled[list(group)])
+            seeds = options(sum(draws))
+            rows = [sum(draws[:each]) for each in group if draws[each]]
+            own = SamplingBatch(*(value[rows] for value in vars(seeds).values()))
+            answer = runner.run(PrefillBatch(ids, tuple(pieces[each] for each in group), own, wishes), 1)
+            if answer and answer.logprobs:
+                values = (answer.token_ids, answer.expert_ids, answer.expert_weights, *answer.logprobs)
+                drawn += [[value[0, row].tolist() for value in values] for row in range(len(rows))]
+        assert len(drawn) == 3
+        state = (runner.cache.keys, runner.cache.values, runner.counters.tokens, runner.counters.weight)
+        return [*drawn, *([value.flatten().tolist()] for value in state)]
+
+    assert told(together=True) == told(together=False)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
@@ -349,7 +383,7 @@ def test_a_prompt_that_is_not_finite_says_so_and_leaves_others_alone(step: ctype
     whole = read_prompt(runner, ids, [40])  # overwrites what it looks at
     assert whole.is_finite.all()
     runner.cache.values[:, 0] = float("nan")
-    batch = PrefillBatch(ids[:16], 0, 40, 16, True, options(1), Wishes(None, None))
+    batch = PrefillBatch(ids[:16], (Piece(0, 40, 16, True),), options(1), Wishes(None, None))
     drawn = runner.run(batch, 1)
     assert drawn
     assert not drawn.is_finite.any()

@@ -21,7 +21,8 @@ def run(scheduler: Scheduler, now: float = 0.0) -> PrefillPlan | DecodePlan | No
     scheduler.admit(now)
     plan = scheduler.schedule(now)
     if isinstance(plan, PrefillPlan):
-        plan.sequence.num_prefilled += plan.num_tokens
+        for chunk in plan.chunks:
+            chunk.sequence.num_prefilled += chunk.num_tokens
     return plan
 
 
@@ -80,11 +81,31 @@ def test_the_shapes_of_a_prompt_depend_on_its_length_alone() -> None:
         prompt = sequence(length=70)
         scheduler.add(prompt)
         plans = [run(scheduler) for _ in range(16)]
-        return [
-            (p.start, p.num_tokens, p.num_rows) for p in plans if isinstance(p, PrefillPlan) and p.sequence is prompt
-        ]
+        chunks = [chunk for plan in plans if isinstance(plan, PrefillPlan) for chunk in plan.chunks]
+        return [(each.start, each.num_tokens, each.num_rows) for each in chunks if each.sequence is prompt]
 
     assert shapes(0) == shapes(5) == [(0, 32, 32), (32, 32, 32), (64, 6, 16)]
+
+
+def test_as_many_prompts_are_read_together_as_there_is_room_for_and_the_oldest_in_any_case() -> None:
+    scheduler = Scheduler(num_slots=8, prefill_chunk=64)
+    for length in (100, 10, 20, 60, 1):
+        scheduler.add(sequence(length))
+    scheduler.admit(now=0.0)
+    expected = [[64, 10, 20], [36, 60], [1]]
+    for room in (96, 0):
+        told = []
+        while plan := scheduler.schedule(now=0.0, prompt_tokens=room):
+            if isinstance(plan, DecodePlan):
+                break
+            told.append([chunk.num_tokens for chunk in plan.chunks])
+            assert plan.sequences == tuple(chunk.sequence for chunk in plan.chunks if chunk.completes_the_prompt)
+            for chunk in plan.chunks:
+                chunk.sequence.num_prefilled += chunk.num_tokens
+        assert told == expected
+        for one in scheduler.running:
+            one.num_prefilled = 0
+        expected = [[64], [36], [10], [20], [60], [1]]
 
 
 def test_nothing_to_do_is_no_plan() -> None:
