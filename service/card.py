@@ -8,8 +8,8 @@ from pathlib import Path
 from model.checkpoint import MANIFEST, Manifest, read_baseline, read_config, read_record, read_tokenizer, verify
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
+from service.answers import ModelInfo
 from service.expert_report import ExpertReport, read_report
-from service.schemas import ModelInfo
 
 FINGERPRINT_DIGITS = 12
 

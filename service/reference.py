@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from service.answers import ErrorBody
 from service.errors import KINDS
 from service.expert_window import LONGEST_S
-from service.schemas import Body, ErrorBody, Limits, body_schema
+from service.schemas import Body, Limits, body_schema
 
 STATUSES_ANYWHERE: Final = (400, 408, 431, 500)
 """What any address may answer, whatever was asked."""

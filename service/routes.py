@@ -1,4 +1,4 @@
-"""The routes, one sentence each. Their words are in schemas, their streams in streaming, their refusals in errors."""
+"""The routes, one sentence each. Their words: schemas, answers; their streams: streaming; their refusals: errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from service.admission import Admission, Admitted, abandon_on_disconnect, spell
+from service.answers import (
+    BatchInvariance,
+    DefaultsInfo,
+    DetokenizeAnswer,
+    Experts,
+    GenerateAnswer,
+    Health,
+    Info,
+    LimitsInfo,
+    NotReady,
+    TokenizeAnswer,
+    Versions,
+)
 from service.body import read_json_object
 from service.card import ModelCard
 from service.engine.thread import EnginePhase, EngineThread
@@ -20,25 +33,7 @@ from service.expert_report import ExpertReport
 from service.expert_window import LONGEST_S, ExpertWindow
 from service.metrics import Metrics, expert_detail
 from service.reference import EVENTS, GENERATING, LAST_EVENT_ID, TEXT, WINDOW, answers, describe_body
-from service.schemas import (
-    MAX_PROMPT_CHARACTERS,
-    AnyTextBody,
-    BatchInvariance,
-    DefaultsInfo,
-    DetokenizeAnswer,
-    DetokenizeBody,
-    Experts,
-    GenerateAnswer,
-    GenerateBody,
-    Health,
-    Info,
-    LimitsInfo,
-    NotReady,
-    TokenizeAnswer,
-    TokenizeBody,
-    Versions,
-    parse_body,
-)
+from service.schemas import MAX_PROMPT_CHARACTERS, AnyTextBody, DetokenizeBody, GenerateBody, TokenizeBody, parse_body
 from service.settings import Settings
 from service.streaming import Dialect, EventStream, Transcript, collect, raise_if_refused
 

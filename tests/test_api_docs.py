@@ -13,11 +13,12 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
+from service.answers import Experts, LayerExperts
 from service.errors import KINDS
 from service.metrics import MAX_EXPERT_SERIES, ExpertDetail
 from service.openai import CompletionBody
 from service.reference import EVENTS
-from service.schemas import Experts, GenerateBody, LayerExperts
+from service.schemas import GenerateBody
 from service.settings import Settings
 from tests.examples import PATIENCE_S, ROOT, Example, examples_of
 from tests.service.serving import Server, parse_events
