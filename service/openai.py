@@ -74,7 +74,9 @@ class CompletionBody(TextBody):
     stream: bool = Field(False, description="chunks as server-sent events, or one JSON body at the end")
     model: _AnyString = Field(description="the name of the model served, as GET /v1/models tells it")
     stream_options: dict[Literal["include_usage", "include_obfuscation"], bool | None] = Field(
-        {}, description="include_usage: a last chunk tells the usage; include_obfuscation: only false is implemented"
+        {},
+        description="include_usage: a last chunk tells the usage; include_obfuscation: only false is implemented",
+        json_schema_extra={"properties": {"include_obfuscation": {"enum": [False, None]}}},
     )
     n: int = _neutral(1)
     best_of: int = _neutral(1)

@@ -110,7 +110,7 @@ def test_an_engine_that_dies_or_hangs_ends_every_stream_and_then_the_process(
 
 async def crowd_and_probes(server: Server) -> tuple[list[Told], dict[str, list[int]]]:
     """32 streams that would run on for minutes, and what the probes say until there is nobody to ask."""
-    statuses: dict[str, list[int]] = {"/livez": [], "/readyz": []}
+    statuses = {path: await probe(server.port, path) for path in ("/livez", "/readyz")}  # a fault may come at once
     crowd = asyncio.create_task(
         at_once(ask(server.port, body(seed, max_new_tokens=100_000)) for seed in range(STREAMS))
     )
