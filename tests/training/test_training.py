@@ -21,7 +21,7 @@ from training.evaluate import evaluate
 from training.history import History, flops_per_token
 from training.optimizer import LearningRates, Muon, Optimizer, polar_factor, schedule
 from training.sample import stream
-from training.trainer import Trainer
+from training.trainer import Trainer, fast_products
 
 
 def test_a_run_learns_and_its_checkpoint_is_served_by_the_line_it_prints(text: Path) -> None:
@@ -118,6 +118,18 @@ def test_a_clipped_step_sees_gradients_of_the_norm_that_was_asked_for() -> None:
     seen += [tensor / 0.15 for name, tensor in state.items() if name.startswith("muon.")]
     assert sum(tensor.numel() for tensor in seen) == model.config.num_parameters
     assert torch.cat([tensor.flatten() for tensor in seen]).norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_products_are_fast_within_a_step_alone_even_if_it_raises() -> None:
+    """What is scored and served afterwards in the same process has to be multiplied as everywhere."""
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = products.fp32_precision, torch.backends.cuda.flash_sdp_enabled()
+    with pytest.raises(ZeroDivisionError), fast_products(torch.device("cpu")):
+        assert products.fp32_precision == "bf16"
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        raise ZeroDivisionError
+    assert (products.fp32_precision, torch.backends.cuda.flash_sdp_enabled()) == before
+    assert before == ("none", True)
 
 
 def test_flops_are_six_for_each_active_weight_and_twelve_for_each_position_attended() -> None:
