@@ -56,7 +56,12 @@ class Settings(BaseSettings):
         300, gt=0, le=86_400, allow_inf_nan=False, description="longest life of a request, in seconds"
     )
     max_new_tokens: int = Field(4096, ge=1, le=1_000_000, description="most tokens that one request may ask for")
-    prefill_chunk: int = Field(128, ge=16, multiple_of=16, description="prompt tokens that are read in one step")
+    prefill_chunk: int = Field(
+        128,
+        ge=16,
+        multiple_of=16,
+        description="tokens of a prompt that are read in one step; of several, twice as many",
+    )
     grace_s: float = Field(
         30,
         ge=0,

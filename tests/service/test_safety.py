@@ -24,7 +24,7 @@ from service.middleware import RequestScope
 from service.protocol import Bounds
 from service.settings import read_settings
 from tests.service.conftest import StartServer
-from tests.service.serving import FOR_EVER, PATIENCE_S, Server, run_to_the_end, wait_until
+from tests.service.serving import FOR_EVER, PATIENCE_S, Samples, Server, run_to_the_end, wait_until
 
 KEY = "not-for-the-log"
 ORIGIN = "https://pages.test"
@@ -65,6 +65,10 @@ class Quick:
 
     def is_idle(self) -> bool:
         return not self.server.server_state.connections and not self.server.server_state.tasks
+
+    def num_cancelled(self) -> float:
+        told = httpx.get(f"http://127.0.0.1:{self.port}/metrics").text
+        return Samples.parse(told).total("requests_total", outcome="cancelled")
 
 
 @pytest.fixture(scope="module")
@@ -353,6 +357,7 @@ def generate(headers: str = "", **fields: object) -> bytes:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_second_request_does_not_hide_that_the_client_leaves(quick: Quick, at_once: bool, stream: bool) -> None:
+    before = quick.num_cancelled()
     wait_until(quick.is_idle)
     parts = [generate(max_new_tokens=FOR_EVER, stream=stream), LIVEZ]
     with quick.connect() as connection:
@@ -361,6 +366,7 @@ def test_a_second_request_does_not_hide_that_the_client_leaves(quick: Quick, at_
             wait_until(lambda: bool(quick.server.server_state.tasks))
         wait_until(lambda: has_pipelined(quick))
     wait_until(quick.is_idle)
+    wait_until(lambda: quick.num_cancelled() == before + 1)  # and has not come to its end, which takes seconds
 
 
 @pytest.mark.parametrize("behind", [LIVEZ * 17, HEAD + b"Content-Length: 1000000\r\n\r\n" + b"a" * 70_000])

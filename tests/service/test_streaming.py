@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import Message
 
 from model.tokenizer import Tokenizer
 from service import streaming
 from service.engine.sequence import DrawnToken, Ended, Event, FinishReason, SamplingParams, Sequence
 from service.errors import ApiError
 from service.exchange import TokenStream
-from service.streaming import Generation, Transcript, raise_if_refused, sse, write_events
+from service.streaming import EventStream, Generation, Transcript, raise_if_refused, sse, write_events
 
 ENDED = Ended(
     FinishReason.LENGTH,
@@ -126,6 +127,51 @@ def test_whoever_hears_nothing_for_long_hears_a_ping(transcript: Transcript, mon
 
     start, token, ping = asyncio.run(read())
     assert (start.count(b"event: token"), token.count(b"event: token"), ping) == (1, 1, b": ping\n\n")
+
+
+@pytest.mark.parametrize("how", ["whole", "abandoned", "cancelled", "a send that raises", "words that raise"])
+def test_a_stream_gives_back_once_however_it_ends(transcript: Transcript, how: str) -> None:
+    sent: list[Message] = []
+    given_back: list[bool] = []
+
+    async def send(message: Message) -> None:
+        if how == "a send that raises":
+            raise ConnectionError
+        sent.append(message)
+
+    async def receive() -> Message:
+        raise AssertionError("whoever made it watches for the client")
+
+    async def stream() -> None:
+        tokens = TokenStream(Sequence((1,), SamplingParams()), "an-id", streams=True)
+        first: list[Event] = [DrawnToken(0, 1, "a"), *([ENDED] if how == "whole" else [])]
+        if how == "words that raise":
+            first = [DrawnToken(0, 99, "a", top_logprobs=((99, -1.0),))]  # an id that has no text
+        answer = EventStream(transcript, tokens, first, lambda: given_back.append(True))
+        task = asyncio.create_task(answer({"type": "http"}, receive, send))
+        await asyncio.sleep(0)
+        if how == "abandoned":
+            tokens.abandon()
+        if how == "cancelled":
+            task.cancel()
+        await task
+
+    expected = {
+        "cancelled": asyncio.CancelledError,
+        "a send that raises": ConnectionError,
+        "words that raise": IndexError,
+    }
+    if how in expected:
+        with pytest.raises(expected[how]):
+            asyncio.run(stream())
+    else:
+        asyncio.run(stream())
+    assert given_back == [True]
+    assert [message.get("more_body") for message in sent][1:] == {
+        "whole": [False],
+        "abandoned": [True],
+        "cancelled": [True],
+    }.get(how, [])
 
 
 def test_a_single_token_has_no_speed(transcript: Transcript) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from training.evaluate import evaluate
 from training.history import History, flops_per_token
 from training.optimizer import LearningRates, Muon, Optimizer, polar_factor, schedule
 from training.sample import stream
-from training.trainer import Trainer
+from training.trainer import Trainer, fast_products
 
 
 def test_a_run_learns_and_its_checkpoint_is_served_by_the_line_it_prints(text: Path) -> None:
@@ -118,6 +119,20 @@ def test_a_clipped_step_sees_gradients_of_the_norm_that_was_asked_for() -> None:
     seen += [tensor / 0.15 for name, tensor in state.items() if name.startswith("muon.")]
     assert sum(tensor.numel() for tensor in seen) == model.config.num_parameters
     assert torch.cat([tensor.flatten() for tensor in seen]).norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(("context_length", "is_fused"), [(512, False), (1024, True)])
+def test_products_are_fast_within_a_step_alone_even_if_it_raises(context_length: int, is_fused: bool) -> None:
+    """What is scored afterwards is multiplied as everywhere; scores of long attention would fill memory."""
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+    def settings() -> tuple[str, bool]:
+        return products.fp32_precision, torch.backends.cuda.flash_sdp_enabled()
+
+    with suppress(ZeroDivisionError), fast_products(tiny_model(context_length=context_length)):
+        assert settings() == ("bf16", is_fused)
+        raise ZeroDivisionError
+    assert settings() == ("none", True)
 
 
 def test_flops_are_six_for_each_active_weight_and_twelve_for_each_position_attended() -> None:

@@ -390,6 +390,41 @@ def test_a_prompt_that_is_not_finite_says_so_and_leaves_others_alone(step: ctype
     assert read_prompt(runner, ids, [40], slot=1).token_ids.tolist() == expected.token_ids.tolist()
 
 
+def test_a_prompt_that_is_not_finite_leaves_those_alone_that_are_read_with_it(step: ctypes.CDLL) -> None:
+    model = model_of()
+    ids = torch.randint(65, (3, 20), generator=torch.Generator().manual_seed(4))
+    pieces = [Piece(slot, 9, 20, True) for slot in range(3)]
+
+    def told(places: list[int], spoilt: int | None = None) -> Drawn:
+        runner = native(step, model)
+        if spoilt is not None:
+            runner.cache.values[:, spoilt] = float("nan")
+        given = tuple(pieces[place] for place in places)
+        drawn = runner.run(
+            PrefillBatch(ids[places].flatten(), given, rows_of(options(3), torch.tensor(places)), Wishes(3, None)), 1
+        )
+        assert drawn
+        return drawn
+
+    together, others = told([0, 1, 2], spoilt=1), told([0, 2])
+    assert together.is_finite.tolist() == [[True, False, True]]
+    assert together.token_ids[:, [0, 2]].tolist() == others.token_ids.tolist()
+    assert torch.equal(together.expert_weights[:, [0, 2]], others.expert_weights)
+
+
+def test_more_rows_of_several_prompts_than_there_is_room_for_are_our_own_mistake(native_step: ctypes.CDLL) -> None:
+    runner = native(native_step, model_of())
+    half = NativeRunner.prompt_tokens // 2
+    for more in (0, 1):
+        pieces = (Piece(0, 0, half, False), Piece(1, 0, half + more, False))
+        batch = PrefillBatch(torch.zeros(2 * half + more, dtype=torch.int64), pieces, options(0), Wishes(None, None))
+        if more:
+            with pytest.raises(AssertionError):
+                runner.run(batch, 1)
+        else:
+            assert runner.run(batch, 1) is None
+
+
 def test_a_row_that_is_not_finite_says_so_and_leaves_its_neighbours_alone(step: ctypes.CDLL) -> None:
     model = model_of()
     three = batch_of(torch.tensor([1, 3, 2]), torch.tensor([0, 2, 1]), torch.tensor([9, 9, 9]))

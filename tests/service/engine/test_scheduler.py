@@ -108,6 +108,16 @@ def test_as_many_prompts_are_read_together_as_there_is_room_for_and_the_oldest_i
         expected = [[64], [36], [10], [20], [60], [1]]
 
 
+def test_small_chunks_keep_a_step_short_however_many_prompts_wait() -> None:
+    scheduler = Scheduler(num_slots=8, prefill_chunk=16)
+    for _ in range(5):
+        scheduler.add(sequence(40))
+    scheduler.admit(now=0.0)
+    plan = scheduler.schedule(now=0.0, prompt_tokens=256)
+    assert isinstance(plan, PrefillPlan)
+    assert [chunk.num_tokens for chunk in plan.chunks] == [16, 16]
+
+
 def test_nothing_to_do_is_no_plan() -> None:
     assert run(Scheduler(num_slots=1, prefill_chunk=16)) is None
 
