@@ -218,6 +218,7 @@ class EventStream(StreamingResponse):
     def __init__(
         self, dialect: Dialect, stream: TokenStream, first: list[Event], give_back: Callable[[], None]
     ) -> None:
+        # Only its status and headers are used: a plain response would say content-length: 0.
         super().__init__((), media_type="text/event-stream", headers=SSE_HEADERS)
         self._dialect, self._stream, self._first = dialect, stream, first
         self._give_back = give_back

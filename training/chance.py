@@ -45,7 +45,7 @@ def chance_in(
     if not (config.dropout or config.expert_dropout or config.capacity_factor or config.router_noise != "none"):
         return None
     places = first_row * x.shape[1] + torch.arange(x.numel(), device=x.device)
-    return StepChance(config, noise, step, x.shape[1], places)
+    return StepChance(config, noise, step, x.shape[1], first_row, places)
 
 
 def _noise_name(layer: int) -> str:
@@ -54,12 +54,13 @@ def _noise_name(layer: int) -> str:
 
 @dataclass(frozen=True)
 class StepChance:
-    """One step of one process: sequences of ``length`` tokens; places (N,) of its tokens in the global batch."""
+    """One step of one process: sequences of ``length`` tokens, first_row and places (N,) those in the global batch."""
 
     config: TrainingConfig
     noise: Mapping[str, Tensor]
     step: int
     length: int
+    first_row: int
     places: Tensor
 
     def layer(self, index: int) -> ChanceOfLayer:
@@ -115,13 +116,14 @@ class ChanceOfLayer:
         """0 with probability rate, else 1 / (1 - rate): (N, width). The rate is rounded to a multiple of 2^-16.
 
         A mask has a hundred times the numbers of a router, so they come from torch's generator, one for each sequence.
+        A CPU's and a GPU's differ.
         """
-        first, size = int(self.of.places[0]) // self.of.length, self.of.length * width
+        size = self.of.length * width
         shape = (len(self.of.places) // self.of.length, -(-size // 4))
         bits = torch.empty(shape, dtype=torch.int64, device=self.of.places.device)
         generator = torch.Generator(bits.device)
         for row, sequence in enumerate(bits):
-            stream = self._stream(f"{purpose} {first + row}")
+            stream = self._stream(f"{purpose} {self.of.first_row + row}")
             sequence.random_(-(2**63), None, generator=generator.manual_seed(stream))
         kept = bits.view(torch.int16)[:, :size] >= round(rate * 2**16) - 2**15
         return kept.float().div_(1 - rate).view(-1, width)

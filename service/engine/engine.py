@@ -84,7 +84,7 @@ class Engine:
         """Run one step for whoever's turn it is, or a burst of them where the runner can and nobody is kept waiting."""
         started = self._clock()
         self._scheduler.admit(started)
-        plan = self._scheduler.schedule(started, self.runner.prompt_tokens)
+        plan = self._scheduler.schedule(started, self.runner.most_prompt_tokens)
         if plan is None:
             return StepReport(())
         steps = 1 if isinstance(plan, PrefillPlan) else self._burst(plan)

@@ -28,7 +28,7 @@ class FaultyRunner:
         self._step = 0
         self.name, self.build = inner.name, inner.build
         self.most_steps = 1  # or a step would be hidden in the middle of others
-        self.prompt_tokens = inner.prompt_tokens
+        self.most_prompt_tokens = inner.most_prompt_tokens
 
     @property
     def layout(self) -> Layout:

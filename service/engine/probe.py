@@ -38,7 +38,8 @@ def _trace(runner: Runner, num_slots: int, vocab_size: int) -> list[list[DrawnTo
     told: list[list[DrawnToken]] = [[] for _ in places]
     for place in places:
         sequences[place] = _probe(place, vocab_size)
-        told[places.index(place)] += _read(runner, sequences[place])
+    for events, token in zip(told, _read(runner, [sequences[place] for place in places]), strict=True):
+        events.append(token)
     for step in range(STEPS):
         drawn = runner.run(build_batch(DecodePlan(tuple(sequences)), runner.layout), steps=1)
         assert drawn is not None
@@ -50,18 +51,23 @@ def _trace(runner: Runner, num_slots: int, vocab_size: int) -> list[list[DrawnTo
         for events, place in zip(told, places, strict=True):
             events.append(tokens[place])
         if bystanders and step == STEPS // 2:
-            _read(runner, _stranger(bystanders[0], vocab_size))
+            _read(runner, [_stranger(bystanders[0], vocab_size)])
     return told
 
 
-def _read(runner: Runner, sequence: Sequence) -> list[DrawnToken]:
-    """Prefill a whole prompt in two chunks; the first token of who has none yet."""
-    for start, count, rows in ((0, PREFILL_ROWS, PREFILL_ROWS), (PREFILL_ROWS, 3, PREFILL_ROWS)):
-        drawn = runner.run(build_batch(PrefillPlan((Chunk(sequence, start, count, rows),)), runner.layout), steps=1)
-    assert drawn is not None
-    token = Rows.of(drawn, (sequence,)).token(0, 0, sequence)
-    sequence.token_ids, sequence.num_fed = [token.token_id], PROMPT_LENGTH
-    return [token]
+def _read(runner: Runner, sequences: list[Sequence]) -> list[DrawnToken]:
+    """Prefill whole prompts in two chunks, together where the runner can; the first token of each, who has none yet."""
+    told: list[DrawnToken] = []
+    for group in [sequences] if runner.most_prompt_tokens else [[sequence] for sequence in sequences]:
+        for start, count in ((0, PREFILL_ROWS), (PREFILL_ROWS, PROMPT_LENGTH - PREFILL_ROWS)):
+            chunks = tuple(Chunk(sequence, start, count, PREFILL_ROWS) for sequence in group)
+            drawn = runner.run(build_batch(PrefillPlan(chunks), runner.layout), steps=1)
+        assert drawn is not None
+        rows = Rows.of(drawn, tuple(group))
+        for row, sequence in enumerate(group):
+            told.append(rows.token(0, row, sequence))
+            sequence.token_ids, sequence.num_fed = [told[-1].token_id], PROMPT_LENGTH
+    return told
 
 
 def _probe(slot: int, vocab_size: int) -> Sequence:

@@ -33,7 +33,7 @@ class Runner(Protocol):
     """What else, beside the sources, decides bits: of the step that was compiled, its hash."""
     most_steps: int
     """How many steps one call can make."""
-    prompt_tokens: int
+    most_prompt_tokens: int
     """How many tokens of several prompts together one call can read; a chunk of one prompt may have more."""
 
     @property
@@ -58,7 +58,7 @@ class TorchRunner:
 
     name = "torch"
     build = str(torch.__version__)
-    most_steps, prompt_tokens = 1, 0
+    most_steps, most_prompt_tokens = 1, 0
 
     def __init__(self, model: Transformer, num_slots: int, counters: ExpertCounters) -> None:
         self._model = model

@@ -107,18 +107,18 @@ class Scheduler:
             sequence.admitted_at = now
             self._running.append(sequence)
 
-    def schedule(self, now: float, prompt_tokens: int = 0) -> Plan | None:
+    def schedule(self, now: float, most_prompt_tokens: int = 0) -> Plan | None:
         """The next step: a chunk of each of the oldest unread prompts, or one token for everybody else, in turn.
 
-        Several prompts together have prompt_tokens at most, and no more than two chunks: whoever asks for small ones
-        wants steps to be short. A paused sequence keeps its slot and is passed over. None when there is nobody else.
+        Several prompts together have most_prompt_tokens at most, and no more than two chunks have: whoever asks for small
+        ones wants steps to be short. A paused sequence keeps its slot and is passed over. None when nobody else is there.
         """
         prompts = [sequence for sequence in self._running if not sequence.is_prefilled]
         decoding = tuple(each for each in self._running if each.is_prefilled and not each.is_paused)
         has_time_to_read = self._reading_since is None or now - self._reading_since < READING_S
         if prompts and (has_time_to_read or not decoding):
             self._reading_since = now if self._reading_since is None else self._reading_since
-            return PrefillPlan(tuple(self._chunks(prompts, min(prompt_tokens, 2 * self._prefill_chunk))))
+            return PrefillPlan(tuple(self._chunks(prompts, min(most_prompt_tokens, 2 * self._prefill_chunk))))
         self._reading_since = None
         return DecodePlan(decoding, somebody_waits=bool(prompts)) if decoding else None
 

@@ -80,7 +80,7 @@ class NativeRunner:
 
     name = "native"
     most_steps = 16
-    prompt_tokens = 256  # step.cpp's MOST_PROMPT_ROWS
+    most_prompt_tokens = 256  # step.cpp's MOST_PROMPT_ROWS
 
     def __init__(
         self, library: ctypes.CDLL, model: Transformer, num_slots: int, counters: ExpertCounters, threads: int
@@ -126,7 +126,7 @@ class NativeRunner:
             draws = torch.tensor([piece.draws for piece in batch.pieces])
             ids, slots, positions, disabled = _rows(batch)
             rows, prompts, drawing = len(ids), len(lengths), sum(piece.draws for piece in batch.pieces)
-            assert prompts == 1 or rows <= self.prompt_tokens, "the step has room for no more"
+            assert prompts == 1 or rows <= self.most_prompt_tokens, "the step has room for no more"
         else:
             ids, slots, positions, disabled = batch.ids, batch.slots, batch.positions, wishes.disabled
             rows = drawing = batch.num_tokens

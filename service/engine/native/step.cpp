@@ -257,10 +257,10 @@ struct Memory {
   int64_t *tokens, *gate_weight;
 };
 
-// B rows: either some steps of as many sequences, or, once, successive tokens of the prompts of P slots. Of the rows the
-// last N draw: all of a decode step; of prompts the last rows of those that draws (P,) names, and before them the other
-// rows, one prompt after the other, each of lengths (P,) in all. Several prompts have 256 rows together at most. ids,
-// slots, positions (B,) say what is fed first; disabled (B, L, E) or null; the options are (N,). The outputs are those of
+// B rows: either some steps of as many sequences, or, once, successive tokens of the prompts of P slots. The last N rows
+// draw. Those are all of a decode step. A prompt that draws (P,) does so with its last token, whose row comes behind the
+// rows of all prompts: of lengths (P,) 3 and 2, both drawing, the rows are a0 a1 b0 a2 b1. Several prompts have 256 rows
+// together at most. ids, slots, positions (B,) say what is fed first; disabled (B, L, E) or null; the options are (N,). The outputs are those of
 // every step: token_ids and finite (steps, N), expert_ids and expert_weights (steps, N, L, K), logits (steps, N, V) or null.
 struct Steps {
   int32_t rows, steps, drawing;

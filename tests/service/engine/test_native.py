@@ -414,7 +414,7 @@ def test_a_prompt_that_is_not_finite_leaves_those_alone_that_are_read_with_it(st
 
 def test_more_rows_of_several_prompts_than_there_is_room_for_are_our_own_mistake(native_step: ctypes.CDLL) -> None:
     runner = native(native_step, model_of())
-    half = NativeRunner.prompt_tokens // 2
+    half = NativeRunner.most_prompt_tokens // 2
     for more in (0, 1):
         pieces = (Piece(0, 0, half, False), Piece(1, 0, half + more, False))
         batch = PrefillBatch(torch.zeros(2 * half + more, dtype=torch.int64), pieces, options(0), Wishes(None, None))

@@ -87,25 +87,24 @@ def test_the_shapes_of_a_prompt_depend_on_its_length_alone() -> None:
     assert shapes(0) == shapes(5) == [(0, 32, 32), (32, 32, 32), (64, 6, 16)]
 
 
-def test_as_many_prompts_are_read_together_as_there_is_room_for_and_the_oldest_in_any_case() -> None:
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [(96, [[64, 10, 20], [36, 60], [1]]), (0, [[64], [36], [10], [20], [60], [1]])],
+)
+def test_as_many_prompts_are_read_together_as_there_is_room_for_and_the_oldest_in_any_case(
+    room: int, expected: list[list[int]]
+) -> None:
     scheduler = Scheduler(num_slots=8, prefill_chunk=64)
     for length in (100, 10, 20, 60, 1):
         scheduler.add(sequence(length))
     scheduler.admit(now=0.0)
-    expected = [[64, 10, 20], [36, 60], [1]]
-    for room in (96, 0):
-        told = []
-        while plan := scheduler.schedule(now=0.0, prompt_tokens=room):
-            if isinstance(plan, DecodePlan):
-                break
-            told.append([chunk.num_tokens for chunk in plan.chunks])
-            assert plan.sequences == tuple(chunk.sequence for chunk in plan.chunks if chunk.completes_the_prompt)
-            for chunk in plan.chunks:
-                chunk.sequence.num_prefilled += chunk.num_tokens
-        assert told == expected
-        for one in scheduler.running:
-            one.num_prefilled = 0
-        expected = [[64], [36], [10], [20], [60], [1]]
+    told = []
+    while isinstance(plan := scheduler.schedule(now=0.0, most_prompt_tokens=room), PrefillPlan):
+        told.append([chunk.num_tokens for chunk in plan.chunks])
+        assert plan.sequences == tuple(chunk.sequence for chunk in plan.chunks if chunk.completes_the_prompt)
+        for chunk in plan.chunks:
+            chunk.sequence.num_prefilled += chunk.num_tokens
+    assert told == expected
 
 
 def test_small_chunks_keep_a_step_short_however_many_prompts_wait() -> None:
@@ -113,7 +112,7 @@ def test_small_chunks_keep_a_step_short_however_many_prompts_wait() -> None:
     for _ in range(5):
         scheduler.add(sequence(40))
     scheduler.admit(now=0.0)
-    plan = scheduler.schedule(now=0.0, prompt_tokens=256)
+    plan = scheduler.schedule(now=0.0, most_prompt_tokens=256)
     assert isinstance(plan, PrefillPlan)
     assert [chunk.num_tokens for chunk in plan.chunks] == [16, 16]
 
