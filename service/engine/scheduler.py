@@ -110,8 +110,8 @@ class Scheduler:
     def schedule(self, now: float, most_prompt_tokens: int = 0) -> Plan | None:
         """The next step: a chunk of each of the oldest unread prompts, or one token for everybody else, in turn.
 
-        Several prompts together have most_prompt_tokens at most, and no more than two chunks have: whoever asks for small
-        ones wants steps to be short. A paused sequence keeps its slot and is passed over. None when nobody else is there.
+        Several prompts together have most_prompt_tokens at most, and two chunks at most: who asks for small ones wants
+        steps to be short. A paused sequence keeps its slot and is passed over. None when nobody else is there.
         """
         prompts = [sequence for sequence in self._running if not sequence.is_prefilled]
         decoding = tuple(each for each in self._running if each.is_prefilled and not each.is_paused)
