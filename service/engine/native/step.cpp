@@ -32,7 +32,7 @@ constexpr int LANES = 16; // the numbers in one vector; so many columns of a mat
 #else
 constexpr int LANES = 8;
 #endif
-constexpr int MOST_ROWS = 7; // that are multiplied at a time
+constexpr int MOST_ROWS = LANES == 16 ? 7 : 8; // that are multiplied at a time
 constexpr int PROMPT_ROWS = 64; // of one prompt, that walk through the layers at a time
 constexpr int MOST_PROMPT_ROWS = 256; // of several prompts
 constexpr int RING_MULTIPLE = 16; // the memory's, whatever LANES is
