@@ -32,7 +32,7 @@ constexpr int LANES = 16; // the numbers in one vector; so many columns of a mat
 #else
 constexpr int LANES = 8;
 #endif
-constexpr int MOST_ROWS = 8; // that are multiplied at a time
+constexpr int MOST_ROWS = LANES == 16 ? 7 : 8; // that are multiplied at a time
 constexpr int PROMPT_ROWS = 64; // of one prompt, that walk through the layers at a time
 constexpr int MOST_PROMPT_ROWS = 256; // of several prompts
 constexpr int RING_MULTIPLE = 16; // the memory's, whatever LANES is
@@ -121,16 +121,18 @@ struct Panels {
   const uint32_t *panel(int index) const { return &words[(size_t)index * inputs / 2 * LANES]; }
 };
 
-// ROWS rows times COUNT neighbouring panels. Every sum starts at zero and takes its inputs in order.
-template <int ROWS, int COUNT>
+// ROWS rows times COUNT neighbouring panels. Every sum starts at zero and takes its inputs in order. Weights that come from
+// afar for many rows would keep the multipliers waiting at every panel's beginning, so the next panels are fetched.
+template <int ROWS, int COUNT, bool FETCHES>
 inline void tile(const Panels &matrix, int first, const float *const *x, float *const *y) {
   const int pairs = matrix.inputs / 2;
-  const uint32_t *words = matrix.panel(first);
+  const uint32_t *words = matrix.panel(first), *next = words + (size_t)COUNT * pairs * LANES;
   Vec sums[ROWS][COUNT] = {};
   for (int pair = 0; pair < pairs; pair++) {
     for (int p = 0; p < COUNT; p++) {
       Bits both;
       std::memcpy(&both, words + ((size_t)p * pairs + pair) * LANES, sizeof both);
+      if (FETCHES) __builtin_prefetch(next + ((size_t)pair * COUNT + p) * LANES);
       const Vec low = (Vec)(both << 16), high = (Vec)(both & 0xFFFF0000u);
       for (int r = 0; r < ROWS; r++) {
         sums[r][p] = low * x[r][2 * pair] + sums[r][p];
@@ -142,30 +144,31 @@ inline void tile(const Panels &matrix, int first, const float *const *x, float *
     for (int p = 0; p < COUNT; p++) store(y[r] + (first + p) * LANES, sums[r][p]);
 }
 
-template <int ROWS, int WIDEST>
+template <int ROWS, int WIDEST, bool FETCHES>
 inline void strip(const Panels &matrix, int begin, int end, const float *const *x, float *const *y) {
-  for (; end - begin >= WIDEST; begin += WIDEST) tile<ROWS, WIDEST>(matrix, begin, x, y);
-  if constexpr (WIDEST > 1) strip<ROWS, WIDEST / 2>(matrix, begin, end, x, y);
+  for (; end - begin >= WIDEST; begin += WIDEST) tile<ROWS, WIDEST, FETCHES>(matrix, begin, x, y);
+  if constexpr (WIDEST > 1) strip<ROWS, WIDEST / 2, FETCHES>(matrix, begin, end, x, y);
 }
 
 // So many panels at a time that there are sums enough to keep the multipliers busy, and few enough for the registers.
 constexpr int widest(int rows) {
-  return LANES == 16 ? (rows <= 3 ? 8 : rows <= 6 ? 4 : 2) : (rows == 1 ? 8 : rows <= 4 ? 4 / ((rows + 1) / 2) : 1);
+  return LANES == 16 ? (rows <= 3 ? 8 : rows <= 5 ? 4 : 2) : (rows == 1 ? 8 : rows <= 4 ? 4 / ((rows + 1) / 2) : 1);
 }
 
-template <int ROWS = MOST_ROWS>
+template <bool FETCHES, int ROWS = MOST_ROWS>
 void block(const Panels &matrix, int begin, int end, const float *const *x, float *const *y, int rows) {
-  if (rows == ROWS) strip<ROWS, widest(ROWS)>(matrix, begin, end, x, y);
-  else if constexpr (ROWS > 1) block<ROWS - 1>(matrix, begin, end, x, y, rows);
+  if (rows == ROWS) strip<ROWS, widest(ROWS), FETCHES && (ROWS > 3)>(matrix, begin, end, x, y);
+  else if constexpr (ROWS > 1) block<FETCHES, ROWS - 1>(matrix, begin, end, x, y, rows);
 }
 
 // y[r][o] = sum over i of matrix[o][i] * x[r][i], for the outputs of the panels from begin to end, in blocks of about as
 // many rows each. What a row gets does not depend on how many rows there are: only the number of sums that are kept in
 // registers does.
 void multiply(const Panels &matrix, int begin, int end, const float *const *x, float *const *y, int rows) {
-  for (int blocks = (rows + MOST_ROWS - 1) / MOST_ROWS; blocks > 0; blocks--) {
+  bool is_near = false; // once the first block has been there
+  for (int blocks = (rows + MOST_ROWS - 1) / MOST_ROWS; blocks > 0; blocks--, is_near = true) {
     const int some = rows / blocks;
-    block(matrix, begin, end, x, y, some);
+    is_near ? block<false>(matrix, begin, end, x, y, some) : block<true>(matrix, begin, end, x, y, some);
     x += some, y += some, rows -= some;
   }
 }
