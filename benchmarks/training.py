@@ -131,7 +131,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     for count, subject in many.items():
         tasks |= {f"{count}": subject.forward_backward, f"{count}_optimizer": subject.update}
-    with fast_products(sparse.model):  # as a run multiplies; the peak as well
+    with fast_products(sparse.model.device):  # as a run multiplies; the peak as well
         seconds = in_turn(tasks, arguments.rounds)
     return {
         "tokens_per_step": sparse.ids.numel(),

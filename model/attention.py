@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.norm import RMSNorm
 
+LONGEST_UNFUSED = 512
+"""Up to here a CPU trains faster when scores are written out; then it is the fused kernel, which also spares memory."""
+
+ROWS_OF_A_BLOCK = 64
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(queries (B, H, T, D), keys (B, G, T, D), values (B, G, T, D)) -> (B, H, T, D)"""
 
@@ -54,11 +59,29 @@ def window_mask(query_positions: Tensor, key_positions: Tensor, context_length: 
 
 def attend_in_window(context_length: int, length: int, device: torch.device) -> Attend:
     """Attention of a whole text with itself, uncached: what training and the reference use."""
+    if length <= min(context_length, LONGEST_UNFUSED) and device.type == "cpu" and torch.is_grad_enabled():
+        return _attend_unfused
     if length <= context_length:
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     positions = torch.arange(length, device=device)
     mask = window_mask(positions, positions, context_length)
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def _attend_unfused(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention, block after block of queries with the keys that the block may see: five products in all take
+    5/8 of the whole square's time."""
+    length, size = queries.shape[2], ROWS_OF_A_BLOCK
+    grouped = (queries * queries.shape[-1] ** -0.5).unflatten(1, (keys.shape[1], -1))  # (B, G, H/G, T, D)
+    later = torch.full((size, size), -torch.inf).triu(1)
+    attended = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        shape = (grouped.shape[2], end - start)
+        scores = (grouped[:, :, :, start:end].flatten(2, 3) @ keys[:, :, :end].mT).unflatten(2, shape)
+        weights = scores.add_(F.pad(later[: end - start, : end - start], (start, 0))).softmax(dim=-1).flatten(2, 3)
+        attended.append((weights @ values[:, :, :end]).unflatten(2, shape))
+    return torch.cat(attended, dim=3).flatten(1, 2)
 
 
 class Attention(nn.Module):

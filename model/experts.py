@@ -9,6 +9,7 @@ Letters: N tokens, C channels, E experts, K experts per token, F expert size, M 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +53,12 @@ class Experts(nn.Module):
         row_of, group_ends, num_rows = padded_layout(routing.expert_ids.flatten(), self.num_experts, self.row_multiple)
         token_of = row_of.new_zeros(num_rows)  # rows of padding compute token 0 once more; nobody reads them
         token_of[row_of] = torch.arange(row_of.numel(), device=x.device) // experts_per_token
-        hidden = self._activate(_multiply(x[token_of], self.gate_up.flatten(1, 2), group_ends))  # (M, F)
+        rows = _Dispatch.apply(x, token_of, row_of)  # type: ignore[no-untyped-call]
+        hidden = self._activate(_multiply(rows, self.gate_up.flatten(1, 2), group_ends))  # (M, F)
         if chance is not None:
             hidden = chance.drop_hidden(hidden, row_of)
-        outputs = _multiply(hidden, self.down, group_ends)[row_of].unflatten(0, (-1, experts_per_token))  # (N, K, C)
+        outputs = _Collect.apply(_multiply(hidden, self.down, group_ends), row_of)  # type: ignore[no-untyped-call]
+        outputs = outputs.unflatten(0, (-1, experts_per_token))  # (N, K, C)
         combined: Tensor = (outputs * routing.expert_weights.unsqueeze(-1).to(outputs.dtype)).sum(dim=1)
         return combined
 
@@ -68,6 +71,36 @@ class Experts(nn.Module):
             inner = torch.cat([x[tokens] @ matrix.T for matrix in self.gate_up[expert]], dim=-1)
             outputs[chose_it] = self._activate(inner) @ self.down[expert].T
         return (outputs * routing.expert_weights.unsqueeze(-1)).sum(dim=1)
+
+
+class _Dispatch(torch.autograd.Function):
+    """x[token_of]: tokens (N, C) -> rows (M, C). Indexing alone would add up the gradients one by one, on one core."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of)
+        ctx.num_tokens = len(x)
+        return x[token_of]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (row_of,) = ctx.saved_tensors
+        return gradients[0][row_of].unflatten(0, (ctx.num_tokens, -1)).sum(dim=1), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """rows[row_of]: rows (M, C) -> assignments (A, C), each row read once or, where it is padding, never."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, row_of: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of)
+        ctx.num_rows = len(rows)
+        return rows[row_of]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (row_of,) = ctx.saved_tensors
+        return gradients[0].new_zeros(ctx.num_rows, gradients[0].shape[1]).index_copy_(0, row_of, gradients[0]), None
 
 
 def _multiply(rows: Tensor, matrices: Tensor, group_ends: Tensor) -> Tensor:

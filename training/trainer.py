@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import checkpoint
 from model.tokenizer import Tokenizer
@@ -38,9 +37,6 @@ from training.optimizer import LearningRates, Optimizer, schedule
 from training.parallel import ALONE, Ranks
 from training.progress import Progress
 from training.report.experts import chosen_by_class
-
-LONGEST_UNFUSED = 512
-"""Unfused, attention takes 5/8 of the fused kernel's time at 256 positions; at 1,024 it takes 7/4, and much memory."""
 
 
 class Trainer:
@@ -123,7 +119,7 @@ class Trainer:
         """One update; returns the cross entropy of its global batch in nats per token, before the update."""
         rows = self.ranks.rows(self.config.batch_size)
         x, y = (ids[rows] for ids in self.batch(step))
-        with fast_products(self.model):
+        with fast_products(self.model.device):
             logits, routings = self.model(x, chance=chance_in(self.config, self.noise, step, x, rows.start))
             loss, cross_entropy = objective(logits, y, self.ranks.gather(routings), self.config)
             loss.backward()
@@ -198,22 +194,20 @@ class Trainer:
 
 
 @contextmanager
-def fast_products(model: Transformer) -> Iterator[None]:
-    """Multiply by oneDNN on a CPU, which on AMD's is 2.3 times as fast as MKL, short attention's products included.
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Multiply by oneDNN on a CPU, which on AMD's is 2.3 times as fast as MKL.
 
     Where a processor has units for bfloat16 matrices oneDNN may round the factors of a float32 product to it; the sums
     are float32. Scoring and serving do not do this.
     """
-    if model.device.type != "cpu":
+    if device.type != "cpu":
         yield
         return
-    is_short = model.config.context_length <= LONGEST_UNFUSED
     products = cast(Any, torch.backends.mkldnn).matmul  # set when it is imported, so that no checker knows it
     before = products.fp32_precision
     products.fp32_precision = "bf16"
     try:
-        with sdpa_kernel(SDPBackend.MATH) if is_short else nullcontext():  # the fused kernel calls MKL
-            yield
+        yield
     finally:
         products.fp32_precision = before
 

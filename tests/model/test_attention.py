@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from model.attention import Rotary, window_mask
+from model.attention import Rotary, attend_in_window, window_mask
 from model.kv_cache import KVCache
 from model.transformer import Transformer
 from tests.checkpoints import tiny_model
@@ -105,3 +106,18 @@ def test_decoding_rows_at_different_positions_equals_reading_each_at_once(
     for text, logits in zip(texts, seen, strict=True):
         expected = model(text[None, : len(logits)])[0][0]
         torch.testing.assert_close(torch.stack(logits), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 64, 100, 256])
+def test_attention_that_trains_equals_the_fused_one_with_all_gradients(length: int) -> None:
+    torch.manual_seed(0)
+    parts = queries, keys, values = [torch.randn(2, heads, length, 32, requires_grad=True) for heads in (6, 2, 2)]
+    fused = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+    written_out = attend_in_window(512, length, torch.device("cpu"))(*parts)
+    torch.testing.assert_close(written_out, fused, rtol=0, atol=1e-5)
+    assert written_out.grad_fn is not None
+    assert "Attention" not in written_out.grad_fn.name()
+    direction = torch.randn_like(fused)
+    gradients = [torch.autograd.grad(each, parts, direction) for each in (written_out, fused)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

@@ -122,18 +122,13 @@ def test_a_clipped_step_sees_gradients_of_the_norm_that_was_asked_for() -> None:
     assert torch.cat([tensor.flatten() for tensor in seen]).norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
-@pytest.mark.parametrize(("context_length", "is_fused"), [(512, False), (1024, True)])
-def test_products_are_fast_within_a_step_alone_even_if_it_raises(context_length: int, is_fused: bool) -> None:
-    """What is scored afterwards is multiplied as everywhere; scores of long attention would fill memory."""
+def test_products_are_fast_within_a_step_alone_even_if_it_raises() -> None:
+    """What is scored afterwards is multiplied as everywhere."""
     products = cast(Any, torch.backends.mkldnn).matmul
-
-    def settings() -> tuple[str, bool]:
-        return products.fp32_precision, torch.backends.cuda.flash_sdp_enabled()
-
-    with suppress(ZeroDivisionError), fast_products(tiny_model(context_length=context_length)):
-        assert settings() == ("bf16", is_fused)
+    with suppress(ZeroDivisionError), fast_products(torch.device("cpu")):
+        assert products.fp32_precision == "bf16"
         raise ZeroDivisionError
-    assert settings() == ("none", True)
+    assert products.fp32_precision == "none"
 
 
 def test_flops_are_six_for_each_active_weight_and_twelve_for_each_position_attended() -> None:
