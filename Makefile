@@ -52,9 +52,9 @@ bench-peers: .venv/train.stamp ## race llama.cpp, vLLM and transformers over HTT
 bench-interop: .venv/train.stamp ## compare greedy text with llama.cpp, which is installed for it (ARGS='--peers vllm transformers')
 	@exec $(PY) -m benchmarks.interop $(ARGS)
 
-# A run of a part (ARGS='-k kill') shows its scoreboard and leaves the written record alone.
+# A run of a part (ARGS='-k kill') renews the lines of its claims alone.
 prove: .venv/test.stamp ## every claim at full size, on a scoreboard and in docs/evidence.md
-	@exec $(PY) -m pytest -q -o console_output_style=classic -o faulthandler_timeout=1800 --prove $(or $(ARGS),--evidence=docs/evidence.md)
+	@exec $(PY) -m pytest -q -o console_output_style=classic -o faulthandler_timeout=1800 --prove --evidence=docs/evidence.md $(ARGS)
 
 evidence: .venv/train.stamp ## write the report of the shipped checkpoint anew: card, pictures, report.json
 	@exec $(PY) -m training report $(ARGS)

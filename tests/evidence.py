@@ -1,12 +1,17 @@
 """Claims and what was measured for them. Owns the fixtures `at` and `evidence`, `--prove` and docs/evidence.md.
 
 A claim is a test that asks for `evidence`: small in `make test`, at full size in `make prove`, which runs claims only.
+The page is written after every claim. A run of a part, or one that was broken off, renews its own lines and leaves the
+others, each of which names the commit that it is from.
 """
+
+from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -53,7 +58,7 @@ def evidence(request: pytest.FixtureRequest) -> Evidence:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--prove", action="store_true", help="run the claims only, each at full size, on a scoreboard")
-    parser.addoption("--evidence", type=Path, metavar="FILE", help="with --prove: write what was measured to FILE")
+    parser.addoption("--evidence", type=Path, metavar="FILE", help="with --prove: renew lines of FILE")
 
 
 # After capture and terminal are set up: the scoreboard writes through pytest's own reporter.
@@ -73,17 +78,22 @@ class Result:
 
 @dataclass(eq=False)  # pytest keeps its plugins in sets
 class Scoreboard:
-    """One line per claim as it comes, and the same lines as a file at the end."""
+    """One line per claim as it comes, and the same lines in a file."""
 
     config: pytest.Config
     claims: dict[str, str] = field(default_factory=dict)
-    results: list[Result] = field(default_factory=list)
+    page: Page | None = None
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         claims = [item for item in items if "evidence" in getattr(item, "fixturenames", ())]
+        self.claims = {item.nodeid: claim_of(item) for item in claims}
+        path = self.config.getoption("--evidence")
+        if path is not None:
+            self.page = Page.read(path)
+            if not (self.config.args_source is pytest.Config.ArgsSource.ARGS or self.config.getoption("keyword")):
+                self.page.keep(self.claims.values())
         self.config.hook.pytest_deselected(items=[item for item in items if item not in claims])
         items[:] = claims
-        self.claims = {item.nodeid: claim_of(item) for item in items}
 
     # Ours replaces pytest's letter per test; failures keep their category and so their traceback at the end.
     @pytest.hookimpl(tryfirst=True)
@@ -95,17 +105,13 @@ class Scoreboard:
             self._show(result_of(report, self.claims[report.nodeid]))
 
     def _show(self, result: Result) -> None:
-        self.results.append(result)
+        if self.page is not None:
+            self.page.add(result)
         colour = {"proved": "green", "FAILED": "red"}.get(result.verdict, "yellow")
         terminal = self.config.get_terminal_writer()
         terminal.write(f"{result.verdict:<8}", **{colour: True})
         terminal.line(f"{result.seconds:7.1f} s  {result.claim}{' - ' * bool(result.measured)}{result.measured}")
         terminal.flush()
-
-    def pytest_sessionfinish(self) -> None:
-        path = self.config.getoption("--evidence")
-        if path is not None:
-            path.write_text(evidence_page(self.results), encoding="utf-8")
 
 
 def claim_of(item: pytest.Item) -> str:
@@ -122,37 +128,64 @@ def result_of(report: pytest.TestReport, claim: str) -> Result:
     return Result(claim, verdict, report.duration, "; ".join(measured))
 
 
-def evidence_page(results: list[Result]) -> str:
-    rows = [f"| {r.verdict} | {cell(r.claim)} | {cell(r.measured)} | {r.seconds:.1f} |" for r in results]
-    proved = sum(result.verdict == "proved" for result in results)
-    return "\n".join(
-        [
+ROW = re.compile(r"\| (?:proved|FAILED|skipped) +\| (?P<claim>.*?) \| .* \| (?P<commit>[^|]*) \|")
+RUN = re.compile(r"- (?P<commit>[^:]*): .*")
+
+
+@dataclass
+class Page:
+    """The file: a line for each claim, and above them a line for each run that any of them is from."""
+
+    path: Path
+    runs: dict[str, str]  # commit -> its line
+    rows: dict[str, str]  # claim -> its line
+
+    @classmethod
+    def read(cls, path: Path) -> Page:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        runs, rows = [[found for line in lines if (found := kind.fullmatch(line))] for kind in (RUN, ROW)]
+        return cls(path, {run["commit"]: run[0] for run in runs}, {row["claim"]: row[0] for row in rows})
+
+    def keep(self, claims: Iterable[str]) -> None:
+        """In this order; what nobody claims any more goes."""
+        self.rows = {cell(claim): self.rows.get(cell(claim), "") for claim in claims}
+
+    def add(self, result: Result) -> None:
+        at = commit()
+        cells = (result.verdict, cell(result.claim), cell(result.measured), f"{result.seconds:.1f}", at)
+        self.rows[cell(result.claim)] = f"| {' | '.join(cells)} |"
+        self.runs[at] = f"- {at}: {circumstances()}"
+        self.write()
+
+    def write(self) -> None:
+        rows = list(filter(None, self.rows.values()))
+        used = {found["commit"] for row in rows if (found := ROW.fullmatch(row))}
+        proved = sum(row.startswith("| proved") for row in rows)
+        lines = [
             "# Evidence",
             "",
-            f"Written by `make prove`: {proved} of {len(results)} claims proved.",
+            f"Written by `make prove`: {proved} of {len(rows)} claims proved. A run of some claims renews their lines;",
+            "each names its commit.",
             "",
-            *(f"- {name}: {value}" for name, value in circumstances().items()),
+            *(line for commit, line in self.runs.items() if commit in used),
             "",
-            "| verdict | claim | measured | seconds |",
-            "|---|---|---|---:|",
+            "| verdict | claim | measured | seconds | commit |",
+            "|---|---|---|---:|---|",
             *rows,
             "",
         ]
-    )
+        self.path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def circumstances() -> dict[str, str]:
+def circumstances() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "commit": commit(),
-        "machine": f"{cpu_model()}, {os.cpu_count()} cores, {memory:.0f} GiB",
-        "software": f"{platform.system()}, Python {platform.python_version()}, torch {version('torch')}",
-    }
+    machine = f"{cpu_model()}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    software = f"{platform.system()}, Python {platform.python_version()}, torch {version('torch')}"
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}, {software}"
 
 
 def commit() -> str:

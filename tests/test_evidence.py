@@ -61,10 +61,33 @@ def test_a_proof_runs_the_claims_alone_at_full_size_and_writes_what_it_measured(
     said = run(suite, "-q", "--prove", "--evidence", "page.md")
     assert "a kill loses nothing - kills survived: 2,000" in said
     assert "1 failed, 2 passed, 3 deselected" in said
-    rows = [line.split(" | ")[:3] for line in (suite / "page.md").read_text().splitlines() if line.startswith("| ")]
-    assert rows == [
+    assert rows_of(suite) == [
         ["| verdict", "claim", "measured"],
         ["| proved", "a kill loses nothing", "kills survived: 2,000"],
         ["| proved", "no expert is idle [0]", "load: 0.123457"],
         ["| FAILED", "no expert is idle [1]", "load: 0.123457"],
     ]
+
+
+def test_a_proof_of_a_part_renews_its_own_lines_and_a_whole_one_drops_what_nobody_claims(suite: Path) -> None:
+    run(suite, "--prove", "--evidence", "page.md")
+    (suite / "test_suite.py").write_text(SUITE.replace("2000", "3000").replace("0.12345678", "0.5"))
+    run(suite, "--prove", "--evidence", "page.md", "-k", "kill")
+    assert [row[2] for row in rows_of(suite)[1:]] == ["kills survived: 3,000", "load: 0.123457", "load: 0.123457"]
+    (suite / "test_suite.py").write_text(SUITE.replace("a_kill_loses_nothing", "no_kill_loses_anything"))
+    run(suite, "--prove", "--evidence", "page.md", "-k", "kill")
+    assert len(rows_of(suite)) == 5
+    run(suite, "--prove", "--evidence", "page.md")
+    claims = ["no kill loses anything", "no expert is idle [0]", "no expert is idle [1]"]
+    assert [row[1] for row in rows_of(suite)[1:]] == claims
+
+
+def test_a_proof_that_is_broken_off_has_written_what_it_had(suite: Path) -> None:
+    (suite / "test_suite.py").write_text(SUITE + "\ndef test_the_end(evidence):\n    import os; os._exit(1)\n")
+    run(suite, "--prove", "--evidence", "page.md")
+    assert len(rows_of(suite)) == 4
+
+
+def rows_of(suite: Path) -> list[list[str]]:
+    lines = (suite / "page.md").read_text().splitlines()
+    return [line.split(" | ")[:3] for line in lines if line.startswith("| ")]
