@@ -371,11 +371,14 @@ def test_a_second_request_does_not_hide_that_the_client_leaves(quick: Quick, at_
 
 @pytest.mark.parametrize("behind", [LIVEZ * 17, HEAD + b"Content-Length: 1000000\r\n\r\n" + b"a" * 70_000])
 def test_more_than_may_wait_behind_an_answer_is_the_end(quick: Quick, behind: bytes) -> None:
+    before = quick.num_cancelled()
     wait_until(quick.is_idle)
     with quick.connect() as connection:
-        connection.sendall(generate(max_new_tokens=FOR_EVER, stream=False) + behind)
+        connection.sendall(generate(max_new_tokens=FOR_EVER, stream=False))
+        wait_until(lambda: bool(quick.server.server_state.tasks))
+        connection.sendall(behind)
         assert received(connection).startswith(b"HTTP/1.1 400 ")
-        wait_until(quick.is_idle)
+        wait_until(lambda: quick.num_cancelled() == before + 1)  # and has not come to its end
 
 
 def test_what_may_wait_behind_an_answer_is_answered(quick: Quick) -> None:

@@ -21,13 +21,14 @@ from model import checkpoint
 from model.routing import WEIGHT_SCALE
 from model.sampling import SamplingBatch, draw
 from model.transformer import Transformer
-from service.engine.batch import DecodeBatch, Piece, PrefillBatch, Wishes
+from service.engine.batch import Batch, DecodeBatch, Piece, PrefillBatch, Wishes
 from service.engine.counters import ExpertCounters
 from service.engine.drawn import Drawn
 from service.engine.engine import Engine
 from service.engine.native import library
 from service.engine.native.library import NoLibrary
 from service.engine.native.runner import NativeRunner, why_not
+from service.engine.probe import find_row_multiple
 from service.engine.runner import Runner, TorchRunner
 from service.engine.scheduler import PREFILL_ROWS, Scheduler
 from service.engine.sequence import SamplingParams, Sequence
@@ -162,6 +163,23 @@ def test_a_prompt_has_the_bits_of_as_many_steps_however_it_is_cut_and_by_however
     for threads, chunks in [(1, [len(ids)]), (2, [16] * 10 + [len(ids) - 160]), (3, [1, 64, len(ids) - 65])]:
         runner = native(step, model, threads=threads)
         assert told(runner, read_prompt(runner, ids, chunks)) == expected, (threads, chunks)
+
+
+def test_the_probe_finds_a_step_out_whose_prompts_look_at_each_other(native_step: ctypes.CDLL) -> None:
+    class Nosy(NativeRunner):
+        def run(self, batch: Batch, steps: int, seconds: Tensor | None = None) -> Drawn | None:
+            drawn = super().run(batch, steps, seconds)
+            if drawn and drawn.logprobs and isinstance(batch, PrefillBatch):
+                drawn.logprobs[0].add_(1e-15 * len(batch.pieces))
+            return drawn
+
+    model = model_of()
+
+    def runner(kind: type[NativeRunner]) -> NativeRunner:
+        return kind(native_step, model, 16, ExpertCounters(model.config, 16, model.device), 1)
+
+    assert find_row_multiple(runner(NativeRunner), 16, 65) == 4
+    assert find_row_multiple(runner(Nosy), 16, 65) is None
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
