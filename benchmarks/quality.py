@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS, machine
 from service.cpus import usable_cpus
+from training.config import from_preset
 
 RECORDS = RESULTS / "quality"
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
@@ -84,20 +85,34 @@ ROWS = {
 
 
 def run(name: str, seed: int, threads: int) -> Path | None:
-    """Train one row with one seed to its end; the file of its record, or None if it failed."""
-    row, label = ROWS[name], f"quality-{name}-{seed}"
+    """Train one row with one seed to its end; the file of its record, or None if it failed or was stopped."""
+    label = f"quality-{name}-{seed}"
     folder = Path("runs") / label
+    if (trained := _finished(folder, ROWS[name])) is None:
+        _train(folder, ROWS[name], seed, threads)
+        trained = _finished(folder, ROWS[name])
+    if trained is None:
+        print(f"{label} has not come to its end; runs/{label}.log says why", file=sys.stderr, flush=True)
+        return None
+    return keep(name, seed, threads, trained)
+
+
+def _train(folder: Path, row: Row, seed: int, threads: int) -> None:
+    """Begin, or go on. A run that is interrupted ends in order too, so its exit status says nothing."""
     resume = ["--resume"] if any(folder.glob("step-*")) else []
-    flags = [*row.flags, "--seed", seed, "--run", label, *resume]
+    flags = [*row.flags, "--seed", seed, "--run", folder.name, *resume]
     command = [sys.executable, "-m", "training", "train", "--preset", row.preset, *map(str, flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder.parent.mkdir(exist_ok=True)
-    with (folder.parent / f"{label}.log").open("a") as log:
-        if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
-            print(f"{label} has failed; {log.name} says why", file=sys.stderr, flush=True)
-            return None
-    newest = max(folder.glob("step-*"), key=lambda step: int(step.name.removeprefix("step-")))
-    return keep(name, seed, threads, json.loads((newest / "training.json").read_text()))
+    with folder.with_name(f"{folder.name}.log").open("a") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
+
+
+def _finished(folder: Path, row: Row) -> dict[str, Any] | None:
+    """The record of a run that has taken all steps of its row."""
+    steps = dict(zip(row.flags[::2], row.flags[1::2], strict=True)).get("--steps")
+    last = folder / f"step-{steps or from_preset(row.preset, {}).steps}" / "training.json"
+    return json.loads(last.read_text()) if last.exists() else None
 
 
 def record_of(name: str, seed: int) -> Path:

@@ -77,10 +77,14 @@ class _Dispatch(torch.autograd.Function):
     """x[token_of]: tokens (N, C) -> rows (M, C). Indexing alone would add up the gradients one by one, on one core."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
+    def forward(x: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
+        return x[token_of]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x, _, row_of = inputs
         ctx.save_for_backward(row_of)
         ctx.num_tokens = len(x)
-        return x[token_of]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -92,10 +96,14 @@ class _Collect(torch.autograd.Function):
     """rows[row_of]: rows (M, C) -> assignments (A, C), each row read once or, where it is padding, never."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, row_of: Tensor) -> Tensor:
+    def forward(rows: Tensor, row_of: Tensor) -> Tensor:
+        return rows[row_of]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows, row_of = inputs
         ctx.save_for_backward(row_of)
         ctx.num_rows = len(rows)
-        return rows[row_of]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

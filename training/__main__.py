@@ -6,6 +6,7 @@ import argparse
 import os
 import secrets
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,9 +125,10 @@ def _train(arguments: argparse.Namespace) -> None:
         corpus = _corpus(arguments.data, config.corpus, config.items)
     start = Trainer.resume if arguments.resume else Trainer
     trainer = start(config, corpus, run, device, ranks)
-    if ranks.is_first:
-        print(_beginning(trainer), flush=True)
-    final = trainer.train()
+    with runs.claim(run) if ranks.is_first else nullcontext():
+        if ranks.is_first:
+            print(_beginning(trainer), flush=True)
+        final = trainer.train()
     if ranks.is_first:
         print(_summary(trainer, final))
     ranks.leave()
@@ -343,12 +345,14 @@ def _expected_errors() -> list[type[Exception]]:
 
 
 def _speaks_of(error: Exception) -> bool:
-    """Under torchrun all ranks refuse the same; the first says so. What befell one rank alone, that rank says."""
+    """Under torchrun a machine's ranks refuse the same; its first says so. What befell one alone, that rank says."""
     if "LOCAL_RANK" not in os.environ:
         return True
-    from training.parallel import RankLost, Ranks
+    from training.parallel import FirstFailed, RankLost, Ranks
 
-    return Ranks.from_environment().is_first or isinstance(error, RankLost | OSError)
+    if isinstance(error, FirstFailed):
+        return False
+    return Ranks.from_environment().local_rank == 0 or isinstance(error, RankLost | OSError)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class ChanceOfLayer:
     index: int
 
     def jitter(self, x: Tensor) -> Tensor:
-        """Times U(1 - eps, 1 + eps) (Fedus et al. 2021, section 2.4)."""
+        """Times U(1 - eps, 1 + eps) (Fedus et al. 2021, appendix C)."""
         config = self.of.config
         if config.router_noise != "jitter":
             return x

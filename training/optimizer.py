@@ -146,7 +146,8 @@ class Optimizer:
         for name, parameter in self._named.items():
             if f"adamw.step.{name}" in tensors:
                 self._adamw.state[parameter] = {
-                    key: tensors[f"adamw.{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: tensors[f"adamw.{key}.{name}"].to(parameter.device, copy=True)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
                 }
 
 

@@ -5,12 +5,13 @@ A kill at any moment leaves the folders before it whole: each is written beside 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
@@ -93,6 +94,17 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All lines of ``metrics.jsonl``, but for a last one that a kill has cut off. Raises OSError."""
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def claim(run: Path) -> TextIO:
+    """Keep a run to this process until what is returned is closed, or the process ends. Raises NotWritable."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock = (run / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise NotWritable(f"{run} is being trained by another process; name another run with --run") from None
+    return lock
 
 
 def require_writable(run: Path) -> None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import quality
 from benchmarks.quality import Row
-from tests.service.serving import ROOT
+from tests.service.serving import ROOT, wait_until
+
+ENDLESS = """
+from pathlib import Path
+from benchmarks import quality
+quality.ROWS["first"] = quality.Row("first", "tiny", ("--steps", 100_000))
+quality.RECORDS, quality.PAGE = Path("records"), Path("page.md")
+quality.main(["--rows", "first", "--seeds", "1"])
+"""
 
 
 @pytest.fixture
@@ -56,9 +67,24 @@ def test_what_is_missing_is_trained_and_the_page_shows_every_seed(
     assert "step 4:" in log
     assert log.count("step 2: validation") == 1, "it went on from its second step"
 
+    quality.record_of("first", 1).unlink()
+    assert quality.main(["--rows", "first", "--seeds", "1"]) == 0, "it was killed between its end and its record"
+    assert quality.record_of("first", 1).exists()
+
     rows["second"] = Row("second", "tiny", ("--steps", 0))
     assert quality.main(["--rows", "second", "--seeds", "3"]) == 1
     assert "runs/quality-second-3.log says why" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("corpus")
+@pytest.mark.usefixtures("rows")
+def test_a_run_that_is_stopped_leaves_no_record() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ENDLESS], start_new_session=True)
+    wait_until(lambda: any(Path("runs/quality-first-1").glob("step-*")))
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    process.wait(60)
+    assert Path("runs/quality-first-1").exists()
+    assert not quality.RECORDS.exists()
 
 
 def test_the_page_shows_the_records_that_are_committed() -> None:
@@ -72,6 +98,7 @@ def test_the_record_of_a_row_has_the_budget_and_the_flags_of_that_row() -> None:
         settings = each["training"]["config"] | each["training"]["config"]["shape"]
         for flag, value in zip(flags[::2], flags[1::2], strict=True):
             assert str(settings[flag.removeprefix("--").replace("-", "_")]) in (value, f"{value}.0")
+        assert each["training"]["steps"] == settings["steps"]
 
 
 def test_a_mean_of_minutes_counts_cores_and_a_way_that_one_seed_did_not_end_is_not_told() -> None:

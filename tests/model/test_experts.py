@@ -74,3 +74,13 @@ def test_the_module_works_alone() -> None:
     y, routing = moe(torch.randn(2, 5, 32))
     assert y.shape == (2, 5, 32)
     assert routing.expert_ids.shape == (10, 2)
+
+
+def test_the_module_s_gradient_can_be_taken_by_torch_func() -> None:
+    moe = SparseMoE(channels=32, num_experts=4, experts_per_token=2, expert_size=16)
+    x = torch.randn(5, 32)
+    parameters = {name: parameter.detach() for name, parameter in moe.named_parameters()}
+    taken = torch.func.grad(lambda values: torch.func.functional_call(moe, values, x)[0].square().sum())(parameters)
+    moe(x)[0].square().sum().backward()
+    for name, parameter in moe.named_parameters():
+        torch.testing.assert_close(taken[name], parameter.grad)

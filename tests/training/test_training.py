@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import time
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from model import checkpoint
+from model.transformer import Transformer
 from tests.checkpoints import TINY, tiny_files, tiny_model
-from tests.training.processes import VERSE, train, training
+from tests.training.processes import VERSE, start, train, training
 from training import config as configs
 from training import corpora, runs
 from training.config import BadConfig, TrainingConfig
@@ -107,6 +109,36 @@ def test_the_best_step_outlives_the_newest_two(tmp_path: Path) -> None:
     assert history.best == {"step": 2, "validation_loss": 1.5}
     assert sorted(runs.step_of(folder) for folder in tmp_path.glob("step-*")) == [2, 4, 5]
     assert history.milestones == {"1.7439": {"step": 2, "tokens": 20, "seconds": 0.0, "flops": 200}}
+
+
+def test_an_optimizer_that_is_restored_goes_on_where_its_model_is(device: torch.device) -> None:
+    def stepped(model: Transformer, number: int, state: dict[str, torch.Tensor] | None = None) -> Optimizer:
+        optimizer = Optimizer(model, LearningRates())
+        if state is not None:
+            optimizer.restore(state)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(number, factor=1.0)
+        return optimizer
+
+    model = tiny_model().to(device)
+    state = {name: tensor.cpu() for name, tensor in stepped(model, 0).state().items()}  # as a file tells it
+    other = copy.deepcopy(model)
+    stepped(other, 1, state)
+    assert all(tensor.device.type == device.type for tensor in other.parameters())
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(other.state_dict(), model.state_dict())
+    stepped(model, 1, {name: tensor.to(device) for name, tensor in state.items()})
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_run_has_one_trainer_at_a_time(text: Path) -> None:
+    with runs.claim(text.parent / "runs" / "mine"):
+        process = start(text, "mine")
+        output, _ = process.communicate(timeout=60)
+        assert output == "runs/mine is being trained by another process; name another run with --run\n"
+        assert process.returncode == 1
+    train(text, "mine")
 
 
 def test_a_clipped_step_sees_gradients_of_the_norm_that_was_asked_for() -> None:
