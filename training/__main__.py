@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("source", type=Path)
     export.add_argument("target", type=Path)
     export.add_argument("--gguf", type=Path, metavar="FILE", help="write the model for llama.cpp as well")
-    export.add_argument("--dtype", choices=["f32", "bf16", "q8_0"], default="f32", help="of the GGUF's matrices")
+    export.add_argument("--dtype", choices=["f32", "bf16", "q8_0"], help="of the GGUF's matrices (default: f32)")
     return parser
 
 
@@ -270,15 +270,27 @@ def _require_sampling(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from training import runs
 
+    if arguments.dtype and not arguments.gguf:
+        raise configs.BadConfig("--dtype is of the GGUF's matrices; add --gguf FILE, or leave --dtype out")
     if arguments.gguf:  # first, so that a refusal leaves nothing behind
         from model import checkpoint
         from training import gguf_export
 
+        _require_apart(arguments.gguf, arguments.target)
         if arguments.target.exists():
             raise FileExistsError(f"{arguments.target} exists; a checkpoint is always a new folder")
-        gguf_export.export(checkpoint.load(arguments.source), arguments.gguf, arguments.dtype)
+        gguf_export.export(checkpoint.load(arguments.source), arguments.gguf, arguments.dtype or "f32")
     runs.export(arguments.source, arguments.target)
     print(f"serve it:  make serve CHECKPOINT={arguments.target}")
+
+
+def _require_apart(file: Path, folder: Path) -> None:
+    """Of two new paths: neither may need the other's place."""
+    written, made = file.resolve(), folder.resolve()
+    if written.is_relative_to(made) or made.is_relative_to(written):
+        raise configs.BadConfig(
+            f"--gguf {file} and the new folder {folder} are in each other's way; name a file beside it"
+        )
 
 
 def _corpus(data: Path | None, name: str, of_items: bool) -> Corpus:
