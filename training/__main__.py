@@ -100,20 +100,24 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     _with_patient_malloc()
-    from training import runs
+    from training import memory, runs
     from training.parallel import Ranks
     from training.trainer import Trainer, require_resumable
 
-    config = configs.from_preset(arguments.preset, configs.flag_values(arguments))
-    run = RUNS / (arguments.run or arguments.preset)
+    flags = configs.flag_values(arguments)
+    config = configs.from_preset(arguments.preset, flags)
+    if "corpus" in flags and arguments.data:
+        raise configs.BadConfig("--corpus names one text and --data another; leave one of them out")
+    run = RUNS / (arguments.preset if arguments.run is None else arguments.run)
     if run.parent != RUNS or run.name in ("", ".", ".."):
-        raise configs.BadConfig(f"--run is {arguments.run}; it is the plain name of a folder below {RUNS}/")
+        raise configs.BadConfig(f"--run is {arguments.run!r}; it is the plain name of a folder below {RUNS}/")
     if config.items and not arguments.data:
         raise configs.BadConfig("items are the lines of a file; add --data FILE, or leave --items out")
     ranks = Ranks.from_environment()
     if config.batch_size % ranks.size:
         raise configs.BadConfig(f"batch_size is {config.batch_size}; {ranks.size} ranks must share it evenly")
     device = _rank_device(arguments.device, ranks)
+    memory.require_room(config, memory.room_for_a_rank(device, ranks), ranks.size)
     runs.require_writable(run)
     if arguments.resume:
         require_resumable(config, run)
