@@ -37,5 +37,7 @@ def max_load_ratio(counts: Tensor) -> Tensor:
 def load_entropy_ratio(counts: Tensor) -> Tensor:
     """Entropy of the load over that of a uniform one; 1 at balance, 0 when one of several does it all."""
     share = counts.double() / counts.sum(-1, keepdim=True)
+    if counts.shape[-1] == 1:  # the only expert's load is even, and its entropy nothing
+        return share.squeeze(-1)
     entropy: Tensor = torch.special.entr(share).sum(-1)
-    return entropy / math.log(max(2, counts.shape[-1]))
+    return entropy / math.log(counts.shape[-1])

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("source", type=Path)
     export.add_argument("target", type=Path)
     export.add_argument("--gguf", type=Path, metavar="FILE", help="write the model for llama.cpp as well")
-    export.add_argument("--dtype", choices=["f32", "bf16", "q8_0"], default="f32", help="of the GGUF's matrices")
+    export.add_argument("--dtype", choices=["f32", "bf16", "q8_0"], help="of the GGUF's matrices (default: f32)")
     return parser
 
 
@@ -101,20 +101,24 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     _with_patient_malloc()
-    from training import runs
+    from training import memory, runs
     from training.parallel import Ranks
     from training.trainer import Trainer, require_resumable
 
-    config = configs.from_preset(arguments.preset, configs.flag_values(arguments))
-    run = RUNS / (arguments.run or arguments.preset)
+    flags = configs.flag_values(arguments)
+    config = configs.from_preset(arguments.preset, flags)
+    if "corpus" in flags and arguments.data:
+        raise configs.BadConfig("--corpus names one text and --data another; leave one of them out")
+    run = RUNS / (arguments.preset if arguments.run is None else arguments.run)
     if run.parent != RUNS or run.name in ("", ".", ".."):
-        raise configs.BadConfig(f"--run is {arguments.run}; it is the plain name of a folder below {RUNS}/")
+        raise configs.BadConfig(f"--run is {arguments.run!r}; it is the plain name of a folder below {RUNS}/")
     if config.items and not arguments.data:
         raise configs.BadConfig("items are the lines of a file; add --data FILE, or leave --items out")
     ranks = Ranks.from_environment()
     if config.batch_size % ranks.size:
         raise configs.BadConfig(f"batch_size is {config.batch_size}; {ranks.size} ranks must share it evenly")
     device = _rank_device(arguments.device, ranks)
+    memory.require_room(config, memory.room_for_a_rank(device, ranks), ranks.size)
     runs.require_writable(run)
     if arguments.resume:
         require_resumable(config, run)
@@ -272,15 +276,27 @@ def _require_sampling(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from training import runs
 
+    if arguments.dtype and not arguments.gguf:
+        raise configs.BadConfig("--dtype is of the GGUF's matrices; add --gguf FILE, or leave --dtype out")
     if arguments.gguf:  # first, so that a refusal leaves nothing behind
         from model import checkpoint
         from training import gguf_export
 
+        _require_apart(arguments.gguf, arguments.target)
         if arguments.target.exists():
             raise FileExistsError(f"{arguments.target} exists; a checkpoint is always a new folder")
-        gguf_export.export(checkpoint.load(arguments.source), arguments.gguf, arguments.dtype)
+        gguf_export.export(checkpoint.load(arguments.source), arguments.gguf, arguments.dtype or "f32")
     runs.export(arguments.source, arguments.target)
     print(f"serve it:  make serve CHECKPOINT={arguments.target}")
+
+
+def _require_apart(file: Path, folder: Path) -> None:
+    """Of two new paths: neither may need the other's place."""
+    written, made = file.resolve(), folder.resolve()
+    if written.is_relative_to(made) or made.is_relative_to(written):
+        raise configs.BadConfig(
+            f"--gguf {file} and the new folder {folder} are in each other's way; name a file beside it"
+        )
 
 
 def _corpus(data: Path | None, name: str, of_items: bool) -> Corpus:

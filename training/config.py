@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from model.config import CHOICES as SHAPE_CHOICES
-from model.config import ModelConfig, UnsupportedConfig
+from model.config import MAX_SIZE, ModelConfig, UnsupportedConfig
+from training.corpora import NAMES
 
 PRESETS = Path(__file__).parent / "presets"
 CHOICES: dict[str, tuple[str, ...]] = {
+    "corpus": NAMES,
     "tokenizer": ("character", "byte", "bpe"),
     "router_noise": ("none", "gaussian", "jitter"),
     "init": ("zero_output", "kaiming", "xavier", "truncated_normal"),
 }
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+MOST_DROPOUT = 1 - 2.0**-16
+"""A rate is rounded to a multiple of 2^-16 where it is drawn; one above this would be 1."""
 SHAPE_FIELDS = tuple(f.name for f in fields(ModelConfig) if f.name != "vocab_size")
 
 
@@ -60,6 +65,7 @@ class TrainingConfig:
     shape: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._require_kinds()
         for name in ("steps", "batch_size", "evaluate_every"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in (f.name for f in fields(self) if isinstance(f.default, int | float)):
@@ -67,9 +73,13 @@ class TrainingConfig:
             _require(0 <= value < 2**63, f"{name} is {value}; it must be at least 0 and below 2^63")
         _require(0 <= self.warmdown_share <= 1, f"warmdown_share is {self.warmdown_share}; it must be between 0 and 1")
         _require(self.bpe_vocab_size >= 256, f"bpe_vocab_size is {self.bpe_vocab_size}; the bytes alone are 256")
-        for name in ("dropout", "expert_dropout", "jitter"):
-            _require(getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be below 1")
-        _require(isinstance(self.items, bool), f"items is {self.items!r}; it must be true or false")
+        _require(
+            self.bpe_vocab_size <= MAX_SIZE, f"bpe_vocab_size is {self.bpe_vocab_size}; it must be at most {MAX_SIZE:,}"
+        )
+        for name in ("dropout", "expert_dropout"):
+            value = getattr(self, name)
+            _require(value <= MOST_DROPOUT, f"{name} is {value}; it must be below 1, and at most {MOST_DROPOUT:.6f}")
+        _require(self.jitter < 1, f"jitter is {self.jitter}; it must be below 1")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, f"{name} is {value!r}; it must be one of {', '.join(choices)}")
@@ -78,6 +88,15 @@ class TrainingConfig:
             f"load_weight is {self.load_weight}; the load loss needs router_noise gaussian, not {self.router_noise}",
         )
         self.model_config(vocab_size=1)
+
+    def _require_kinds(self) -> None:
+        for each in fields(self):
+            if each.name == "shape":
+                continue
+            value, kind = getattr(self, each.name), type(each.default)
+            # A preset may leave the fraction of a number out; true is no number.
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            _require(fits, f"{each.name} is {value!r}; it must be {KINDS[kind]}")
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         try:

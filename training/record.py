@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
 import torch
@@ -66,8 +67,18 @@ def sample(model: Transformer, tokenizer: Tokenizer, length: int = 200) -> str:
 
 def card(name: str, config: ModelConfig, facts: dict[str, Any], text: str) -> str:
     """A short model card in Markdown; ``python -m training report`` writes the long one."""
-    sample = f"## A sample, temperature 0.8\n\n```\n{text.strip()}\n```\n"
+    sample = f"## A sample, temperature 0.8\n\n{code_block(text)}\n"
     return "\n\n".join((introduction(name, config, facts), training_section(config, facts), sample))
+
+
+def code_block(text: str) -> str:
+    fence = code_fence(text, shortest=3)
+    return f"{fence}\n{text.strip()}\n{fence}"
+
+
+def code_fence(text: str, shortest: int = 1) -> str:
+    """The backticks to put around a text in Markdown: more than it has in a row itself."""
+    return "`" * max(shortest, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def introduction(name: str, config: ModelConfig, facts: dict[str, Any]) -> str:

@@ -235,6 +235,23 @@ def test_the_command_writes_folder_and_file_and_replaces_nothing(tmp_path: Path)
     assert {each.name for each in tmp_path.iterdir()} == {"tiny", "out", "out.gguf"}
 
 
+@pytest.mark.parametrize(("folder", "file"), [("out", "out"), ("out", "beside/../out/m.gguf"), ("out/model", "out")])
+def test_a_file_and_a_folder_in_each_others_way_are_refused_before_either_is_there(
+    tmp_path: Path, folder: str, file: str
+) -> None:
+    code, said = export(tiny_checkpoint(tmp_path / "tiny"), tmp_path / folder, "--gguf", tmp_path / file)
+    assert (code, len(said.splitlines())) == (1, 1)
+    assert "in each other's way" in said
+    assert [each.name for each in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_dtype_of_no_file_is_refused(tmp_path: Path) -> None:
+    code, said = export(tiny_checkpoint(tmp_path / "tiny"), tmp_path / "out", "--dtype", "bf16")
+    assert (code, len(said.splitlines())) == (1, 1)
+    assert "add --gguf FILE" in said
+    assert not (tmp_path / "out").exists()
+
+
 def export(*arguments: object) -> tuple[int, str]:
     """The exit code, and what was said on standard error."""
     command = [sys.executable, "-m", "training", "export", *map(str, arguments)]

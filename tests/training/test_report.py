@@ -8,26 +8,47 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 from model import checkpoint
-from tests.checkpoints import tiny_model
+from model.tokenizer import Tokenizer
+from tests.checkpoints import CHARACTERS, tiny_files, tiny_model
 from training import config as configs
+from training.config import BadConfig
 from training.report import experts, pictures
-from training.report.card import reading
+from training.report.card import card, reading
 from training.report.overlap import longest_overlap
+from training.report.write import control_figures
 
 ROOT = Path(__file__).parents[2]
 VERSE = "The quick brown fox jumps over the lazy dog, and he sleeps on.\n" * 200
 
 
 def test_every_token_has_the_class_of_its_first_character_that_is_no_space() -> None:
-    tokens = ["\n", " ", "A", "e", "t", "7", "!", "é", " the", " \n", "", "—"]
+    tokens = [
+        "\n",
+        " ",
+        "A",
+        "e",
+        "t",
+        "7",
+        "!",
+        "é",
+        " the",
+        " \n",
+        "",
+        "—",
+        "bytes:\\xc3",
+        "bytes:\\x20\\xf0",
+        "bytes:",
+    ]
     named = ["newline", "space", "upper case", "vowel", "consonant", "digit", "punctuation"]
     assert [experts.class_of(token) for token in tokens] == [
-        *named, "consonant", "consonant", "newline", "other", "other",
+        *named, "consonant", "consonant", "newline", "other", "other", "other", "other", "consonant",
     ]  # fmt: skip
 
 
@@ -51,6 +72,8 @@ def test_load_of_a_balanced_and_of_a_collapsed_layer() -> None:
     balanced, collapsed = experts.load(torch.tensor([[5, 5, 5, 5], [0, 0, 20, 0]]))
     assert (balanced["max_load_ratio"], balanced["entropy_ratio"], balanced["idle"]) == (1, 1, 0)
     assert (collapsed["max_load_ratio"], collapsed["entropy_ratio"], collapsed["idle"]) == (4, 0, 3)
+    (single,) = experts.load(torch.tensor([[20]]))
+    assert (single["max_load_ratio"], single["entropy_ratio"], single["idle"]) == (1, 1, 0)
 
 
 def test_choices_are_counted_under_the_token_that_was_fed() -> None:
@@ -111,6 +134,70 @@ def test_the_reading_names_the_dearest_and_the_cheapest_expert() -> None:
 )
 def test_the_longest_overlap(sample: str, text: str, longest: str) -> None:
     assert longest_overlap(sample, text) == longest
+
+
+@pytest.mark.parametrize("passage", ["plain", "` and ```"])
+def test_whatever_a_model_writes_its_card_is_one_table_and_whole_code(passage: str) -> None:
+    """As Markdown is read: every token comes back from its cell, and no sample ends its own block."""
+    shown = {
+        "\n\n": r"\n\n",
+        " |": "\u2423|",
+        "|": "|",
+        "`": "`",
+        "a``|b": "a``|b",
+        "\\": "\\",
+        "\\|": "\\|",
+        " the ": "\u2423the\u2423",
+        "\t\u2028": r"\t\u2028",
+        "bytes:\\xc3": "bytes:\\xc3",
+    }
+    folder = ROOT / "checkpoints" / "shakespeare"
+    facts, report = (json.loads((folder / name).read_text()) for name in ("training.json", "report.json"))
+    report["favourites"] = [[[{"token": token, "lift": 2.0, "taken": 0.5}] for token in shown]] * 2
+    report["overlap"]["passage"] = passage
+    report["samples"] = [f"a list:\n{passage}\n```\ncode\n```", "the second"]
+    read = MarkdownIt("commonmark").enable("table").parse(card("any", checkpoint.read_config(folder), facts, report))
+    codes = [child.content for token in read for child in token.children or [] if child.type == "code_inline"]
+    assert codes[-2 * len(shown) - 1 :] == [*shown.values(), *shown.values(), repr(passage)]
+    assert [token.content.strip() for token in read if token.type == "fence"] == report["samples"]
+
+
+def trained_on(
+    folder: Path, *, text: str = "1", name: str = "verse", batch_size: int = 8, seed: int = 1, of_bytes: bool = False
+) -> Path:
+    """A tiny checkpoint whose record says what it was trained on; text stands for a SHA-256."""
+    tokenizer = Tokenizer.of_bytes() if of_bytes else Tokenizer.of_characters(CHARACTERS)
+    files = tiny_files(tiny_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    told = {
+        "config": {"batch_size": batch_size, "seed": seed},
+        "corpus": {"name": name, "sha256": {"train": text, "validation": text}},
+    }
+    record = {**json.loads(files[checkpoint.RECORD]), **told}
+    checkpoint.save(folder, {**files, checkpoint.RECORD: json.dumps(record).encode()})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"of_bytes": True}, "tokenizer"),
+        ({"seed": 2}, "seed"),
+        ({"batch_size": 4}, "batch_size"),
+        ({"text": "2"}, "text"),
+    ],
+)
+def test_a_control_of_another_training_is_refused_by_what_differs(
+    tmp_path: Path, other: dict[str, Any], what: str
+) -> None:
+    mixture = checkpoint.load(trained_on(tmp_path / "mixture"))
+    with pytest.raises(BadConfig, match=f"had another {what} than"):
+        control_figures(trained_on(tmp_path / "control", **other), mixture)
+
+
+def test_a_control_may_have_read_the_same_text_under_another_name(tmp_path: Path) -> None:
+    mixture = checkpoint.load(trained_on(tmp_path / "mixture"))
+    figures = control_figures(trained_on(tmp_path / "control", name="copy"), mixture)
+    assert figures["parameters"] == mixture.config.num_parameters
 
 
 def test_the_dense_control_meets_as_many_parameters_per_token_and_as_much_data() -> None:

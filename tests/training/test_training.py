@@ -19,10 +19,12 @@ from tests.checkpoints import TINY, tiny_files, tiny_model
 from tests.training.processes import VERSE, start, train, training
 from training import config as configs
 from training import corpora, runs
+from training.chance import chance_in
 from training.config import BadConfig, TrainingConfig
 from training.corpora import Corpus
 from training.evaluate import evaluate
 from training.history import History, flops_per_token
+from training.memory import least_bytes, require_room
 from training.optimizer import LearningRates, Muon, Optimizer, polar_factor, schedule
 from training.sample import stream
 from training.trainer import Trainer, fast_products
@@ -72,6 +74,9 @@ def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(text: Path) -> N
         (["train", "--preset", "tiny", "--tokenizer", "word"], "tokenizer is 'word'"),
         (["train", "--preset", "tiny", "--bpe-vocab-size", "255"], "bpe_vocab_size is 255"),
         (["train", "--preset", "tiny", "--run", "../out"], "plain name"),
+        (["train", "--preset", "tiny", "--data", "verse.txt", "--run", ""], "plain name"),
+        (["train", "--preset", "tiny", "--data", "verse.txt", "--corpus", "tinyshakespeare"], "leave one of them out"),
+        (["train", "--preset", "tiny", "--data", "verse.txt", "--batch-size", "100000000000"], "GiB of memory"),
         (["train", "--preset", "tiny", "--matrix-learning-rate", "nan"], "matrix_learning_rate is nan"),
         (["train", "--preset", "tiny", "--clip-norm", "nan"], "clip_norm is nan"),
         (["train", "--preset", "tiny", "--clip-norm=-1"], "clip_norm is -1"),
@@ -276,6 +281,52 @@ def test_flags_reach_the_model_and_the_run() -> None:
     assert configs.from_dict(config.as_dict()) == config
     with pytest.raises(BadConfig, match="num_layers"):
         configs.from_preset("tiny", {"num_layers": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("steps", 1.5, "a whole number"),
+        ("seed", 1.5, "a whole number"),
+        ("batch_size", True, "a whole number"),
+        ("dropout", False, "a number"),
+        ("items", 1, "true or false"),
+        ("corpus", 3, "a word"),
+        ("corpus", "nonsense", "one of shakespeare, tinyshakespeare"),
+        ("dropout", 0.999999, "at most 0.999985"),
+        ("expert_dropout", 0.999999, "at most 0.999985"),
+        ("bpe_vocab_size", 10**11, "at most 16,777,216"),
+    ],
+)
+def test_a_presets_value_that_cannot_be_is_refused_by_name(name: str, value: object, wanted: str) -> None:
+    with pytest.raises(BadConfig, match=f"^{name} is {value!r}; it must be .*{wanted}"):
+        configs.from_dict({name: value})
+
+
+def test_the_largest_dropout_keeps_its_share_and_a_fraction_may_be_left_out() -> None:
+    config = configs.from_dict({"dropout": configs.MOST_DROPOUT, "weight_decay": 0})
+    chance = chance_in(config, {}, 0, torch.ones(8, 1000))
+    assert chance is not None
+    kept = chance.layer(0).drop_update(torch.ones(8, 1000, 64), "moe") > 0
+    assert 0 < kept.float().mean() < 1e-4  # 2^-16 is the share
+
+
+def test_memory_is_asked_for_what_a_run_surely_holds(text: Path) -> None:
+    """Weights, gradients and the optimizer's state are a little more, for the vocabulary is not known before."""
+    config = configs.from_preset("tiny", {"batch_size": 1})
+    trainer = Trainer(config, corpora.from_file(text), text.parent / "run", torch.device("cpu"))
+    trainer.train_step(0)
+    held = [*trainer.model.parameters(), *trainer.model.parameters(), *trainer.optimizer.state().values()]
+    assert least_bytes(config) < sum(tensor.nbytes for tensor in held) < 1.2 * least_bytes(config)
+
+
+def test_what_memory_has_no_room_for_is_refused_and_what_just_fits_is_not() -> None:
+    needed = least_bytes(configs.from_preset("tiny", {}))
+    require_room(configs.from_preset("tiny", {}), needed)
+    for sizes in ({"batch_size": 9}, {"expert_size": 48}, {"expert_size": 2**24}, {"context_length": 33}):
+        with pytest.raises(BadConfig, match=r"need at least .* GiB of memory"):
+            require_room(configs.from_preset("tiny", sizes), needed)
+    require_room(configs.from_preset("tiny", {"batch_size": 9}), needed, num_ranks=4)
 
 
 @pytest.mark.parametrize(("kind", "unit"), [("byte", "one byte"), ("bpe", "a few letters")])

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from model.config import ModelConfig
-from training.record import introduction, training_section
+from training.record import code_block, code_fence, introduction, training_section
 
 
 def card(name: str, config: ModelConfig, facts: dict[str, Any], report: dict[str, Any]) -> str:
@@ -133,10 +133,20 @@ def _favourites(layers: list[list[list[dict[str, Any]]]]) -> list[str]:
 
 
 def _spelled(likes: list[dict[str, Any]]) -> str:
-    names = {"\n": "line end", " ": "space", "|": "bar", "`": "backtick"}
-    return ", ".join(
-        f"{names.get(like['token']) or '`' + like['token'] + '`'} {like['taken']:.0%}" for like in likes[:3]
-    )
+    names = {"\n": "line end", " ": "space"}
+    return ", ".join(f"{names.get(like['token']) or _in_cell(like['token'])} {like['taken']:.0%}" for like in likes[:3])
+
+
+def _in_cell(token: str) -> str:
+    """A token as code on one line of one cell: what cannot be printed is escaped, and the bar, which ends cells."""
+    printed = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in token)
+    return _code(printed.replace(" ", "\u2423").replace("|", "\\|"))
+
+
+def _code(text: str) -> str:
+    fence = code_fence(text)
+    space = " " if "`" in text else ""  # between the text's own backticks and the fence; Markdown takes it away again
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _causal(report: dict[str, Any]) -> str:
@@ -152,10 +162,10 @@ def _causal(report: dict[str, Any]) -> str:
 
 def _samples(report: dict[str, Any]) -> str:
     overlap = report["overlap"]
-    texts = "\n\n".join(f"```\n{text.strip()}\n```" for text in report["samples"][:2])
+    texts = "\n\n".join(map(code_block, report["samples"][:2]))
     return (
         f"## Samples, temperature 0.8\n\n{texts}\n\nThe longest passage of {overlap['characters']:,} generated "
         f"characters that the training text holds word for word has {overlap['length']} characters:\n"
-        f"`{overlap['passage']!r}`. In as much of the validation text, which nobody generated, it has "
+        f"{_code(repr(overlap['passage']))}. In as much of the validation text, which nobody generated, it has "
         f"{overlap['length_in_validation_text']}."
     )

@@ -5,6 +5,7 @@ Letters: W windows, T context_length, L layers, E experts, K experts per token, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,17 @@ MOST_EXPERTS = 512
 
 CLASSES = ("newline", "space", "upper case", "vowel", "consonant", "digit", "punctuation", "other")
 _VOWELS = frozenset("aeiou")
+_NO_TEXT = re.compile(r"bytes:(\\x[0-9a-f]{2})+")
+"""How ``Tokenizer.tokens`` shows bytes that are no text."""
 
 
 def class_of(token: str) -> str:
-    """The class of a token's first character that is no space; of a space or line end if it holds nothing else."""
+    """The class of a token's first character that is no space; of a space or line end if it holds nothing else.
+
+    token is one of ``Tokenizer.tokens``; bytes that are no text are "other".
+    """
+    if _NO_TEXT.fullmatch(token):
+        return "other"
     if not token.strip():
         return "newline" if "\n" in token else "space" if token else "other"
     first = token.lstrip()[0]

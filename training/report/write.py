@@ -39,7 +39,7 @@ def write(
     report = {
         "fingerprint": loaded.manifest.fingerprint,
         **_results(facts, loaded.config),
-        "control": _control(control, facts) if control else earlier.get("control"),
+        "control": control_figures(control, loaded) if control else earlier.get("control"),
         **_of_experts(loaded, corpus, windows),
         "specialisation": _specialisation(run, facts) if run else earlier.get("specialisation", []),
         **_of_text(loaded, corpus),
@@ -82,13 +82,27 @@ def _cost(facts: dict[str, Any]) -> dict[str, Any]:
     return {"steps": facts["steps"], "tokens": facts["tokens"], "minutes": round(facts["seconds"] / 60, 1)}
 
 
-def _control(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    loaded = checkpoint.load(folder)
-    other, shape = loaded.training, loaded.config
-    for what in ("corpus", "steps", "tokens"):
-        if other[what] != facts[what]:
+def control_figures(folder: Path, mixture: Checkpoint) -> dict[str, Any]:
+    """What a control of a mixture reached and cost. Raises BadConfig if what it was trained on was another."""
+    control = checkpoint.load(folder)
+    wanted = _trained_on(mixture)
+    for what, value in _trained_on(control).items():
+        if value != wanted[what]:
             raise BadConfig(f"{folder} had another {what} than this checkpoint, so it is no control of it")
-    return {"validation_loss": other["validation_loss"], **_cost(other), **_sizes(shape)}
+    facts = control.training
+    return {"validation_loss": facts["validation_loss"], **_cost(facts), **_sizes(control.config)}
+
+
+def _trained_on(loaded: Checkpoint) -> dict[str, Any]:
+    """The text, how it is spelled, and which batches of it: a seed and a batch size draw the same windows."""
+    facts = loaded.training
+    return {
+        "text": facts["corpus"]["sha256"],
+        "tokenizer": loaded.tokenizer.token_bytes,
+        "steps": facts["steps"],
+        "tokens": facts["tokens"],
+        **{what: facts["config"].get(what) for what in ("batch_size", "seed")},
+    }
 
 
 def _sizes(shape: ModelConfig) -> dict[str, int]:
