@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 
 import pytest
 
@@ -57,11 +60,18 @@ def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A folder on a loopback web server."""
     (tmp_path / "web").mkdir()
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "web"))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as address:
+        yield address, tmp_path / "web"
+
+
+@contextmanager
+def serving(server: ThreadingTCPServer | ThreadingHTTPServer) -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", tmp_path / "web"
-    server.shutdown()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture
@@ -85,12 +95,64 @@ def test_a_download_is_checked_and_needed_once(
     assert [path.name for path in (bare / "data").iterdir()] == ["tinyshakespeare.txt"]
 
 
-def test_a_wrong_download_is_refused(web: tuple[str, Path], bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrong", [b"something else", "caf\u00e9".encode("latin-1")])
+def test_a_wrong_download_is_refused_and_not_kept(
+    web: tuple[str, Path], bare: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, wrong: bytes
+) -> None:
     address, folder = web
     monkeypatch.setattr(corpora, "TINY_URL", f"{address}/input.txt")
-    (folder / "input.txt").write_text("something else")
+    (folder / "input.txt").write_bytes(wrong)
     with pytest.raises(CorpusUnavailable, match="not the expected text"):
         corpora.load("tinyshakespeare")
+    (folder / "input.txt").write_text(corpus.train + corpus.validation)
+    assert corpora.load("tinyshakespeare") == corpus
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nFirst Citizen:\n", "IncompleteRead"),
+        (b"SSH-2.0-OpenSSH_9.9\r\n", "SSH-2.0"),
+        (b"HTTP/1.1 404 Not Found\r\n\r\n", "Not Found"),
+        (b"", "closed"),
+    ],
+)
+def test_a_broken_download_is_one_line_that_says_what_to_do(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, reason: str
+) -> None:
+    class Broken(StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(answer)
+
+    with serving(ThreadingTCPServer(("127.0.0.1", 0), Broken)) as address:
+        monkeypatch.setattr(corpora, "TINY_URL", f"{address}/input.txt")
+        with pytest.raises(CorpusUnavailable, match=reason) as caught:
+            corpora.load("tinyshakespeare")
+    assert "--data FILE" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not list(bare.iterdir())
+
+
+def test_ranks_that_download_at_once_do_not_get_in_each_others_way(
+    web: tuple[str, Path], bare: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, folder = web
+    monkeypatch.setattr(corpora, "TINY_URL", f"{address}/input.txt")
+    (folder / "input.txt").write_text(corpus.train + corpus.validation)
+    all_wrote, write = threading.Barrier(3), Path.write_bytes
+
+    def write_and_wait(path: Path, content: bytes) -> int:
+        """A disk so slow that each rank has written when the first one goes on."""
+        size = write(path, content)
+        all_wrote.wait(60)
+        return size
+
+    monkeypatch.setattr(Path, "write_bytes", write_and_wait)
+    with ThreadPoolExecutor(3) as ranks:
+        assert list(ranks.map(corpora.load, ["tinyshakespeare"] * 3)) == [corpus] * 3
+    assert [path.name for path in (bare / "data").iterdir()] == ["tinyshakespeare.txt"]
 
 
 def test_without_a_network_one_sentence_says_what_to_do(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
