@@ -132,7 +132,7 @@ def extended(tiny: str) -> str:
     plays = (as_dialogue(content.decode("latin-1")) for content in sources.values())
     blocks = ["".join(character for character in play if character in known) for play in plays]
     text = "\n".join([*blocks, tiny[: int(TRAIN_SHARE * len(tiny))]])
-    _require(text.encode(), EXTENDED_SHA256, "plays")
+    _require(text.encode(), EXTENDED_SHA256, "the corpus of 28 plays")
     _keep(sources)
     return text
 

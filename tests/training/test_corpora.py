@@ -23,22 +23,29 @@ def test_the_split_is_nanogpts(corpus: Corpus) -> None:
     assert len(set(corpus.train + corpus.validation)) == 65
 
 
-def test_the_extended_corpus_is_rebuilt_from_the_plays(corpus: Corpus) -> None:
+@pytest.fixture(scope="module")
+def extended() -> Corpus:
     try:
-        extended = corpora.load("shakespeare")
+        return corpora.load("shakespeare")
     except CorpusUnavailable as missing:
         pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="module")
+def plays(extended: Corpus) -> dict[str, bytes]:
+    """What each play's file on the web holds."""
+    found = {f"{play}.txt": corpora.at_hand(f"plays/{play}.txt") for play in corpora.PLAYS}
+    return {name: path.read_bytes() for name, path in found.items() if path}
+
+
+def test_the_extended_corpus_is_rebuilt_from_the_plays(corpus: Corpus, extended: Corpus) -> None:
     assert extended.digests["train"] == corpora.EXTENDED_SHA256
     assert len(extended.train) == 4_467_182
     assert extended.validation == corpus.validation
     assert extended.train.endswith(corpus.train)
 
 
-def test_no_long_validation_line_occurs_in_the_training_text(corpus: Corpus) -> None:
-    try:
-        extended = corpora.load("shakespeare")
-    except CorpusUnavailable as missing:
-        pytest.skip(str(missing))
+def test_no_long_validation_line_occurs_in_the_training_text(corpus: Corpus, extended: Corpus) -> None:
     lines = {line for line in extended.train.splitlines() if sum(map(str.isalpha, line)) > 25}
     assert not lines & {line for line in corpus.validation.splitlines() if sum(map(str.isalpha, line)) > 25}
 
@@ -93,6 +100,36 @@ def test_a_download_is_checked_and_needed_once(
     (folder / "input.txt").unlink()
     assert corpora.load("tinyshakespeare") == corpus
     assert [path.name for path in (bare / "data").iterdir()] == ["tinyshakespeare.txt"]
+
+
+def test_the_default_corpus_is_downloaded_play_by_play_and_built(
+    web: tuple[str, Path],
+    bare: Path,
+    corpus: Corpus,
+    extended: Corpus,
+    plays: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address, folder = web
+    monkeypatch.setattr(corpora, "TINY_URL", f"{address}/input.txt")
+    monkeypatch.setattr(corpora, "PLAYS_URL", f"{address}/plays")
+    (folder / "input.txt").write_text(corpus.train + corpus.validation)
+    (folder / "plays").mkdir()
+    for name, content in plays.items():
+        (folder / "plays" / name).write_bytes(content)
+
+    (folder / "plays" / "hamlet.txt").write_bytes("Ce serveur est ferm\u00e9.".encode("latin-1"))
+    with pytest.raises(CorpusUnavailable, match="28 plays is not the expected text"):
+        corpora.load("shakespeare")
+    assert not (bare / "data" / "plays").exists()
+
+    (folder / "plays" / "hamlet.txt").write_bytes(plays["hamlet.txt"])
+    assert corpora.load("shakespeare") == extended
+    assert extended.digests["train"] == corpora.EXTENDED_SHA256
+    assert {path.name for path in (bare / "data" / "plays").iterdir()} == set(plays)
+
+    monkeypatch.setattr(corpora, "PLAYS_URL", "http://127.0.0.1:9")
+    assert corpora.load("shakespeare") == extended
 
 
 @pytest.mark.parametrize("wrong", [b"something else", "caf\u00e9".encode("latin-1")])
