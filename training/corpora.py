@@ -166,7 +166,7 @@ def as_dialogue(play: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no letter
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusUnavailable(f"{path} cannot be read as UTF-8 text: {error}") from None
 

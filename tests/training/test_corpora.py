@@ -198,6 +198,13 @@ def test_without_a_network_one_sentence_says_what_to_do(bare: Path, monkeypatch:
         corpora.load("tinyshakespeare")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("emma1\nolivia", encoding="utf-8")
+    plain = corpora.from_file(tmp_path / "plain.txt"), corpora.items_from_file(tmp_path / "plain.txt")
+    (tmp_path / "plain.txt").write_text("emma1\nolivia", encoding="utf-8-sig")
+    assert (corpora.from_file(tmp_path / "plain.txt"), corpora.items_from_file(tmp_path / "plain.txt")) == plain
+
+
 def test_any_file_is_a_corpus(tmp_path: Path) -> None:
     (tmp_path / "verse.txt").write_text("abcdefghij")
     assert corpora.from_file(tmp_path / "verse.txt") == Corpus("verse", "abcdefghi", "j")
