@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,11 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 FILE = "tokenizer.json"
+
+LONGEST_PIECE = 1024
+"""Bytes of a word that learning pairs takes as one: each merge moves the rest of its piece."""
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 _PLAIN = str.maketrans(
     {
@@ -109,10 +115,13 @@ class Tokenizer:
         if vocab_size < 256:
             raise ValueError(f"vocab_size is {vocab_size}; the bytes alone are 256")
         inner = _byte_level(models.BPE())
+        words = inner.pre_tokenizer
+        inner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_PIECE)])
         inner.train_from_iterator(
             [text],
             trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=BYTE_LETTERS, show_progress=False),
         )
+        inner.pre_tokenizer = words  # the merges are for whole words
         return cls(inner)
 
     @classmethod
@@ -124,8 +133,10 @@ class Tokenizer:
         return len(self.tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Raises UnknownCharacters when the text cannot be spelled; bytes spell every text."""
+        """Raises UnknownCharacters when the text cannot be spelled; bytes spell every text but lone surrogates."""
         if self.is_of_bytes:
+            if surrogates := [(found.start(), found[0]) for found in _SURROGATE.finditer(text)]:
+                raise UnknownCharacters(surrogates)
             return list(self._inner.encode(text, add_special_tokens=False).ids)
         unknown = [
             (position, character) for position, character in enumerate(text) if character not in self._characters
@@ -149,10 +160,10 @@ class Tokenizer:
     def fold(self, text: str) -> str:
         """The nearest text that the vocabulary can spell: no accents, plain quotes, dashes and line ends, no others.
 
-        Bytes spell every text, so it stays as it is.
+        Bytes spell every text, so it stays as it is but for lone surrogates.
         """
         if self.is_of_bytes:
-            return text
+            return _SURROGATE.sub("", text)
         plain = text.replace("\r\n", "\n").replace("\r", "\n").translate(_PLAIN)
         return "".join(self._fold_character(character) for character in plain)
 

@@ -225,9 +225,14 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 def _sample_items(arguments: argparse.Namespace, loaded: Checkpoint) -> None:
     """New items, one a line; what the training text holds as well is marked."""
+    from training.record import require_text_of
     from training.sample import items
 
-    known = set(_corpus(arguments.data, "", _of_items(loaded)).train.split("\n"))
+    if not _of_items(loaded):
+        raise configs.BadConfig(f"{arguments.checkpoint} was not trained on items; leave --items out")
+    corpus = _corpus(arguments.data, "", of_items=True)
+    require_text_of(loaded, corpus)
+    known = set(corpus.train.split("\n"))
     options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
     written = []
     for item in items(

@@ -1,15 +1,17 @@
 """The texts to train on: where they come from, the rule that builds them, and the SHA-256 that the result must have.
 
-Sources are looked for in the folder that MOESCOPE_DATA names, then in ``data/``, and else downloaded to ``data/``.
+Sources are looked for in the folder that MOESCOPE_DATA names, then in ``data/``, and else downloaded. ``data/`` keeps
+them once the text that is made of them has proved to be the expected one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import random
 import re
-import urllib.error
+import secrets
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +88,10 @@ def load(name: str) -> Corpus:
     """
     if name not in NAMES:
         raise CorpusUnavailable(f"there is no corpus {name!r}; choose one of {', '.join(NAMES)} or give --data FILE")
-    tiny = _checked(_source(TINY_FILE, TINY_URL).decode(), TINY_SHA256, TINY_FILE)
+    content = _source(TINY_FILE, TINY_URL)
+    _require(content, TINY_SHA256, TINY_FILE)
+    _keep({TINY_FILE: content})
+    tiny = content.decode()
     cut = int(TRAIN_SHARE * len(tiny))
     train = tiny[:cut] if name == "tinyshakespeare" else extended(tiny)
     return Corpus(name, train, tiny[cut:])
@@ -118,12 +123,18 @@ def items_from_file(path: Path) -> Corpus:
 
 
 def extended(tiny: str) -> str:
-    """The 28 plays that tiny Shakespeare lacks, in its form and its characters, then its own training part."""
+    """The 28 plays that tiny Shakespeare lacks, in its form and its characters, then its own training part.
+
+    Raises CorpusUnavailable.
+    """
     known = set(tiny)
-    plays = (as_dialogue(_source(f"plays/{play}.txt", f"{PLAYS_URL}/{play}.txt").decode("latin-1")) for play in PLAYS)
+    sources = {f"plays/{play}.txt": _source(f"plays/{play}.txt", f"{PLAYS_URL}/{play}.txt") for play in PLAYS}
+    plays = (as_dialogue(content.decode("latin-1")) for content in sources.values())
     blocks = ["".join(character for character in play if character in known) for play in plays]
     text = "\n".join([*blocks, tiny[: int(TRAIN_SHARE * len(tiny))]])
-    return _checked(text, EXTENDED_SHA256, "the extended corpus")
+    _require(text.encode(), EXTENDED_SHA256, "the corpus of 28 plays")
+    _keep(sources)
+    return text
 
 
 _DIRECTION = re.compile(r"\[[^\]]*\]?")
@@ -155,17 +166,23 @@ def as_dialogue(play: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no letter
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusUnavailable(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
+def at_hand(name: str) -> Path | None:
+    """Where a source is on this machine."""
+    return next((folder / name for folder in _folders() if (folder / name).is_file()), None)
+
+
+def _folders() -> list[Path]:
+    return [*([Path(named)] if (named := os.environ.get("MOESCOPE_DATA")) else []), DATA]
+
+
 def _source(name: str, url: str) -> bytes:
-    folders = [Path(named)] if (named := os.environ.get("MOESCOPE_DATA")) else []
-    for folder in [*folders, DATA]:
-        if (folder / name).is_file():
-            return (folder / name).read_bytes()
-    return _download(url, DATA / name)
+    path = at_hand(name)
+    return path.read_bytes() if path else _download(url, DATA / name)
 
 
 def _download(url: str, target: Path) -> bytes:
@@ -173,24 +190,37 @@ def _download(url: str, target: Path) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             content: bytes = response.read()
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
-        reason = getattr(error, "reason", error)
+    except (OSError, http.client.HTTPException) as error:
+        # What was no HTTP is quoted by its error, line breaks and all; its repr stays on one line.
+        reason = getattr(error, "reason", error) if isinstance(error, OSError) else repr(error)
         raise CorpusUnavailable(
             f"{url} cannot be downloaded ({reason}); give --data FILE, or put the file at {target}"
         ) from None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".part")
-    partial.write_bytes(content)
-    partial.rename(target)
     return content
 
 
-def _checked(text: str, digest: str, name: str) -> str:
-    if _sha256(text.encode()) != digest:
+def _require(content: bytes, digest: str, name: str) -> None:
+    if _sha256(content) != digest:
         raise CorpusUnavailable(
-            f"{name} is not the expected text (SHA-256 {digest[:12]}...); delete {DATA} and try again"
+            f"{name} is not the expected text (SHA-256 {digest[:12]}...); "
+            f"delete what {' or '.join(map(str, _folders()))} has of it and try again, or give --data FILE"
         )
-    return text
+
+
+def _keep(sources: dict[str, bytes]) -> None:
+    """Write what is not at hand to ``data/``."""
+    for name, content in sources.items():
+        if at_hand(name):
+            continue
+        target = DATA / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: on a machine without the first rank, all ranks download at once.
+        partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
+        try:
+            partial.write_bytes(content)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _sha256(content: bytes) -> str:

@@ -14,9 +14,17 @@ from model.config import MAX_POSITIONS, ModelConfig
 from model.generate import generate
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
+from training.config import BadConfig
+from training.corpora import Corpus
 
 KNOWN_TOKENS = 64
 KNOWN_PROMPTS = ("ROMEO:\n", "KING HENRY:\n", "First Citizen:\n", "The ")
+
+
+def require_text_of(loaded: checkpoint.Checkpoint, corpus: Corpus) -> None:
+    """Raises BadConfig if a checkpoint was trained on another text, whatever the names of the two."""
+    if loaded.training["corpus"]["sha256"] != corpus.digests:
+        raise BadConfig(f"{loaded.manifest.folder} was trained on another text than {corpus.name}; name its own")
 
 
 def as_served(model: Transformer) -> Transformer:

@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -53,6 +52,7 @@ class Trainer:
         parts = [self.tokenizer.encode(text) for text in (corpus.train, corpus.validation)]
         _require_windows(corpus.name, min(map(len, parts)), config)
         self.train_ids, self.validation_ids = (torch.tensor(ids, device=device) for ids in parts)
+        self.bigram_loss = bigram_loss(self.train_ids, self.validation_ids, self.tokenizer.vocab_size)
         self.model = Transformer(config.model_config(self.tokenizer.vocab_size)).to(device)
         initialise(self.model, config.seed, config.init)
         self.noise = noise_weights(config, self.model.config, device)
@@ -170,11 +170,6 @@ class Trainer:
         best = self.history.best
         return runs.step_folder(self.run, int(best["step"]) if best else self.history.step)
 
-    @cached_property
-    def _bigram_loss(self) -> float:
-        """Counted once: neither text changes during a run."""
-        return bigram_loss(self.train_ids, self.validation_ids, self.tokenizer.vocab_size)
-
     def _facts(self, result: Evaluation) -> dict[str, Any]:
         """The training record, but for what depends on the weights alone."""
         bits = bits_per_character(result.loss, len(self.validation_ids), len(self.corpus.validation))
@@ -187,7 +182,7 @@ class Trainer:
             "validation_loss": round(result.loss, 5),
             "validation_windows": result.num_windows,
             "bits_per_character": round(bits, 5),
-            "bigram_loss": round(self._bigram_loss, 5),
+            "bigram_loss": round(self.bigram_loss, 5),
             "routing_baseline": result.shares,
             "max_load": round(result.max_load, 4),
         }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from model.tokenizer import Tokenizer, UnknownCharacters
+from model.tokenizer import BYTE_LETTERS, Tokenizer, UnknownCharacters
 from tests.checkpoints import CHARACTERS
 
 TOKENIZER = Tokenizer.of_characters(CHARACTERS)
@@ -104,6 +108,15 @@ def test_a_speller_tells_piece_by_piece_what_the_whole_decodes_to(tokenizer: Tok
     assert told == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, *OF_BYTES])
+def test_a_lone_surrogate_is_no_character_of_any_vocabulary(tokenizer: Tokenizer) -> None:
+    text = "caf\udce9s"  # what Python makes of an argument in Latin-1
+    with pytest.raises(UnknownCharacters, match=r"U\+DCE9 at 3") as caught:
+        tokenizer.encode(text)
+    assert caught.value.found == ((3, "\udce9"),)
+    assert tokenizer.fold(text) == "cafs"
+
+
 def test_a_character_is_told_with_its_last_byte_and_half_a_one_at_the_end() -> None:
     spell = Tokenizer.of_bytes().speller()
     assert [spell(byte) for byte in "\u20aca".encode()] == ["", "", "\u20ac", "a"]
@@ -127,6 +140,26 @@ def test_pairs_are_learnt_from_a_text_on_top_of_all_bytes() -> None:
     assert " the" in learnt.tokens
     assert [learnt.tokens[token_id] for token_id in learnt.encode(" the the")] == [" the", " the"]
     assert Tokenizer.of_bpe("ab", 1000).vocab_size == 257
+
+
+def test_long_lines_without_spaces_are_learnt_in_pieces_and_ordinary_text_as_it_was() -> None:
+    def learn(text: str) -> tuple[Tokenizer, float]:
+        started = time.process_time()
+        return Tokenizer.of_bpe(text, 600), time.process_time() - started
+
+    letters = random.Random(1).choices("ACGT", k=120_000)
+    lines = ["".join(letters[start : start + 1000]) for start in range(0, len(letters), 1000)]
+    (_, seconds), (of_one_line, seconds_of_one_line) = learn("\n".join(lines)), learn("".join(lines))
+    assert seconds_of_one_line < 4 * seconds
+    assert of_one_line.vocab_size == 600
+
+    text = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
+    plain = tokenizers.Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=BYTE_LETTERS, show_progress=False)
+    plain.train_from_iterator([text], trainer)
+    assert Tokenizer.of_bpe(text, 600).files()["tokenizer.json"] == plain.to_str(pretty=True).encode()
 
 
 def test_a_vocabulary_without_all_bytes_is_refused() -> None:

@@ -13,8 +13,10 @@ import torch
 from model.tokenizer import Tokenizer
 from tests.checkpoints import tiny_model
 from tests.training.processes import VERSE, train, training
-from training import record
+from training import config as configs
+from training import corpora, record
 from training.baselines import bigram_loss, bits_per_character
+from training.trainer import Trainer
 
 
 def test_the_bigram_loss_is_the_hand_computed_one() -> None:
@@ -26,6 +28,22 @@ def test_the_bigram_loss_is_the_hand_computed_one() -> None:
 
 def test_a_bigram_that_has_seen_nothing_guesses_uniformly() -> None:
     assert bigram_loss(torch.tensor([0, 0]), torch.tensor([3, 1, 2]), 4) == pytest.approx(math.log(4))
+
+
+def test_a_vocabulary_of_millions_needs_no_table_of_its_pairs() -> None:
+    last = 4_999_999  # a table of float64 would take 200 TB, more than a process can address
+    train, validation = torch.tensor([0, last, 0, last]), torch.tensor([0, last, 7])
+    expected = -(math.log(3 / 5_000_002) + math.log(1 / 5_000_001)) / 2
+    assert bigram_loss(train, validation, vocab_size=5_000_000) == pytest.approx(expected)
+
+
+def test_what_a_run_has_to_beat_is_known_before_its_first_step(text: Path) -> None:
+    trainer = Trainer(
+        configs.from_preset("tiny", {}), corpora.from_file(text), text.parent / "run", torch.device("cpu")
+    )
+    expected = bigram_loss(trainer.train_ids, trainer.validation_ids, trainer.tokenizer.vocab_size)
+    trainer.validation_ids = trainer.validation_ids.flip(0)  # too late to be counted
+    assert trainer.bigram_loss == expected
 
 
 def test_bits_per_character_count_characters_and_not_tokens() -> None:

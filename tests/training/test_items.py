@@ -94,6 +94,23 @@ def test_new_items_are_written_and_the_known_ones_marked(trained: Path, names: P
     assert count == f"40 items, {marked} of them known from the training text"
 
 
+@pytest.mark.parametrize(
+    ("of_items", "listed", "message"), [(False, NAMES, "was not trained on items"), (True, NAMES[1:], "another text")]
+)
+def test_items_are_asked_of_who_was_trained_on_these(
+    trained: Path, names: Path, tmp_path: Path, of_items: bool, listed: list[str], message: str
+) -> None:
+    (tmp_path / "list.txt").write_text("\n".join(listed))
+    if not of_items:
+        train(tmp_path / "list.txt", "whole", "--steps", 2, "--evaluate-every", 2)
+    folder = trained if of_items else tmp_path / "runs" / "whole" / "step-2"
+    process = training("sample", "--checkpoint", folder, "--items", 3, "--data", "list.txt", cwd=tmp_path)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert message in output
+    assert len(output.splitlines()) == 1
+
+
 def test_an_item_ends_at_its_length_and_a_model_that_writes_only_empty_ones_is_given_up(trained: Path) -> None:
     loaded = checkpoint.load(trained)
     options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}

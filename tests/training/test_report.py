@@ -19,10 +19,12 @@ from model.tokenizer import Tokenizer
 from tests.checkpoints import CHARACTERS, tiny_files, tiny_model
 from training import config as configs
 from training.config import BadConfig
+from training.corpora import Corpus
 from training.report import experts, pictures
 from training.report.card import card, reading
 from training.report.overlap import longest_overlap
-from training.report.write import control_figures
+from training.report.write import control_figures, write
+from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 VERSE = "The quick brown fox jumps over the lazy dog, and he sleeps on.\n" * 200
@@ -216,6 +218,24 @@ def test_an_animation_has_a_frame_for_each_look_and_stays_small() -> None:
     content = pictures.specialisation(frames)
     assert Image.open(io.BytesIO(content)).n_frames == 30  # type: ignore[attr-defined]
     assert len(content) < 500_000
+
+
+def test_a_text_of_one_character_has_a_report_and_a_damaged_one_is_not_written_over(tmp_path: Path) -> None:
+    corpus = Corpus("one", "a" * 400, "a" * 100)
+    config = configs.from_preset("tiny", {"steps": 2, "evaluate_every": 2})
+    loaded = checkpoint.load(Trainer(config, corpus, tmp_path / "run", torch.device("cpu")).train())
+
+    def report() -> dict[str, Any]:
+        return write(loaded, corpus, tmp_path / "out", windows=2, run=tmp_path / "run", control=None)
+
+    nothing = {"loss": 0.0, "bits_per_character": 0.0}
+    assert (report()["final"], report()["bigram"]) == (nothing, nothing)
+    for damage in (b'{"fingerprint": ', b"\xff\xfe", b"[1]"):
+        (tmp_path / "out" / "report.json").write_bytes(damage)
+        with pytest.raises(BadConfig, match=r"report\.json is damaged") as caught:
+            report()
+        assert len(str(caught.value).splitlines()) == 1
+        assert (tmp_path / "out" / "report.json").read_bytes() == damage
 
 
 def training(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -17,8 +17,10 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from training import runs
+from training.baselines import bits_per_character
 from training.config import BadConfig
 from training.corpora import Corpus
+from training.record import require_text_of
 from training.report import experts, pictures
 from training.report.card import card
 from training.report.overlap import longest_overlap
@@ -31,14 +33,17 @@ SAMPLES, SAMPLE_LENGTH = 4, 500
 def write(
     loaded: Checkpoint, corpus: Corpus, output: Path, *, windows: int, run: Path | None, control: Path | None
 ) -> dict[str, Any]:
-    """Measure and write. Raises BadConfig when the text, the run or the control belongs to another training."""
+    """Measure and write.
+
+    Raises BadConfig when the text, the run or the control belongs to another training, or an earlier report is damaged.
+    """
     facts = loaded.training
-    if facts["corpus"]["sha256"] != corpus.digests:
-        raise BadConfig(f"{loaded.manifest.folder} was trained on another text than {corpus.name}; name its own")
+    require_text_of(loaded, corpus)
     earlier = _earlier(output, loaded)
+    num_tokens = len(loaded.tokenizer.encode(corpus.validation))
     report = {
         "fingerprint": loaded.manifest.fingerprint,
-        **_results(facts, loaded.config),
+        **_results(facts, loaded.config, num_tokens, len(corpus.validation)),
         "control": control_figures(control, loaded) if control else earlier.get("control"),
         **_of_experts(loaded, corpus, windows),
         "specialisation": _specialisation(run, facts) if run else earlier.get("specialisation", []),
@@ -56,26 +61,30 @@ def write(
 def _earlier(output: Path, loaded: Checkpoint) -> dict[str, Any]:
     """An earlier report of the same weights: a control and a run are not at hand for ever, their figures are."""
     path = output / FILE
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise BadConfig(_DAMAGED.format(path=path, what=error)) from None
+    if not isinstance(found, dict):
+        raise BadConfig(_DAMAGED.format(path=path, what="no object"))
     return found if found.get("fingerprint") == loaded.manifest.fingerprint else {}
 
 
-def _results(facts: dict[str, Any], shape: ModelConfig) -> dict[str, Any]:
+_DAMAGED = "{path} is damaged ({what}); delete it, and what it has of a run and a control, or name another --output"
+
+
+def _results(facts: dict[str, Any], shape: ModelConfig, num_tokens: int, num_characters: int) -> dict[str, Any]:
+    def in_bits(loss: float) -> dict[str, float]:
+        return {"loss": loss, "bits_per_character": round(bits_per_character(loss, num_tokens, num_characters), 5)}
+
     best = min(facts["loss_curve"], key=lambda point: point["validation_loss"], default=None)
     bigram = facts.get("bigram_loss")
     return {
         "result": {"validation_loss": facts["validation_loss"], **_cost(facts), **_sizes(shape)},
-        "final": _in_bits(facts["validation_loss"], facts),
-        "best": {"step": best["step"], **_in_bits(best["validation_loss"], facts)} if best else None,
-        "bigram": None if bigram is None else _in_bits(bigram, facts),
+        "final": in_bits(facts["validation_loss"]),
+        "best": {"step": best["step"], **in_bits(best["validation_loss"])} if best else None,
+        "bigram": None if bigram is None else in_bits(bigram),
     }
-
-
-def _in_bits(loss: float, facts: dict[str, Any]) -> dict[str, float]:
-    """A loss in nats per token beside its bits per character; an older record is of one character a token."""
-    known = "bits_per_character" in facts
-    per_nat = facts["bits_per_character"] / facts["validation_loss"] if known else 1 / math.log(2)
-    return {"loss": loss, "bits_per_character": round(loss * per_nat, 5)}
 
 
 def _cost(facts: dict[str, Any]) -> dict[str, Any]:
