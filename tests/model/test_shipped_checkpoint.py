@@ -11,6 +11,7 @@ from torch import Tensor
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.generate import generate
+from model.routing import load_entropy_ratio
 from tests.checkpoints import tiny_checkpoint
 from tests.evidence import At, Evidence
 from training.corpora import Corpus
@@ -67,6 +68,8 @@ def test_the_record_tells_the_truth(shipped: Checkpoint, validation: Tensor, evi
     assert result.loss <= LOSS_LIMIT
     assert result.loss == pytest.approx(shipped.training["validation_loss"], abs=1e-3)
     assert result.num_idle == 0
+    assert result.max_load <= 1.3
+    assert load_entropy_ratio(result.counts).min() >= 0.98
     for layer, shares in zip(shipped.training["routing_baseline"], result.shares, strict=True):
         assert layer == pytest.approx(shares, abs=1e-3)
 
