@@ -1,7 +1,8 @@
 """``python -m benchmarks.training``: how fast a model trains, and how much of that is the price of being sparse.
 
 A step is forward, backward and optimizer on random tokens, without the balance losses, which multiply no matrices.
-Everything takes its turn in every round, and ratios are of one round: a machine that slows down slows both sides.
+Everything takes its turn in every round, and ratios are of one round: a machine that slows down slows both sides. Each
+model has a process of its own, as when it is trained.
 Prints a table for people and one JSON line for machines, which is also kept in benchmarks/results/.
 
 Letters: N tokens, T context_length, C channels, V vocabulary, L layers, E experts, K experts per token, F expert size.
@@ -15,8 +16,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,11 @@ def _through(back_end: str, experts: Experts) -> Callable[[Tensor, Routing, Laye
     return lambda x, routing, chance: BACK_ENDS[back_end](experts, x, routing)
 
 
+@cache
+def _squares(side: int) -> Tensor:
+    return torch.randn(2, side, side)
+
+
 class Subject:
     """A model, its optimizer and one batch."""
 
@@ -89,6 +97,10 @@ class Subject:
         """With the gradients of the last ``forward_backward``; a factor of 0 keeps the weights, and so the routing."""
         self.optimizer.step(0, factor=0.0)
 
+    def multiply(self, side: int) -> None:
+        """Two square matrices, for what this machine can do."""
+        torch.mm(*_squares(side))
+
     @property
     def flops(self) -> int:
         """Of the products of one step, 2 for a multiplication with its addition; gathers and norms count as nothing.
@@ -112,45 +124,77 @@ def _muon_flops(shape: torch.Size) -> int:
     return len(POLAR_EXPRESS) * shape[:-2].numel() * 2 * (2 * small * small * large + small**3)
 
 
+_subject: Subject | None = None  # of this process, if it is one of a Worker's
+
+
+def _prepare(threads: int, config: ModelConfig, batch_size: int) -> None:
+    global _subject
+    torch.set_num_threads(threads)
+    _subject = Subject(config, batch_size)
+
+
+def _seconds(task: str, *arguments: Any) -> float:
+    """What a task of this process's subject takes, with its products as a run multiplies them."""
+    with fast_products(torch.device("cpu")):
+        started = time.perf_counter()
+        getattr(_subject, task)(*arguments)
+        return time.perf_counter() - started
+
+
+class Worker:
+    """A subject in a process of its own, as it trains: in one heap, models give each other's tensors cold places."""
+
+    def __init__(self, threads: int, config: ModelConfig, batch_size: int) -> None:
+        self._pool = ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=_prepare, initargs=(threads, config, batch_size)
+        )
+
+    def task(self, name: str, *arguments: Any) -> Callable[[], float]:
+        return lambda: self._pool.submit(_seconds, name, *arguments).result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Medians over the rounds, times in milliseconds."""
-    torch.set_num_threads(arguments.threads)
     training = configs.from_preset(arguments.preset, {})
     config = training.model_config(VOCABULARY)
-    sparse = Subject(config, training.batch_size)
     active = config.experts_per_token * config.expert_size
-    dense = Subject(replace(config, num_experts=1, experts_per_token=1, expert_size=active), training.batch_size)
     narrow = replace(config, num_layers=min(2, config.num_layers), expert_size=32)
-    many = {count: Subject(replace(narrow, num_experts=count), training.batch_size) for count in arguments.experts}
-    tasks: dict[str, Callable[[], object]] = {
-        "gemm": partial(torch.mm, *torch.randn(2, arguments.gemm, arguments.gemm)),
-        **{name: partial(sparse.forward_backward, name) for name in reversed(BACK_ENDS)},
-        "optimizer": sparse.update,
-        "dense": dense.forward_backward,
-        "dense_optimizer": dense.update,
+    shapes = {
+        "sparse": config,
+        "dense": replace(config, num_experts=1, experts_per_token=1, expert_size=active),
+        **{f"{count}": replace(narrow, num_experts=count) for count in arguments.experts},
     }
-    for count, subject in many.items():
-        tasks |= {f"{count}": subject.forward_backward, f"{count}_optimizer": subject.update}
-    with fast_products(sparse.model.device):  # as a run multiplies; the peak as well
+    workers = {name: Worker(arguments.threads, shape, training.batch_size) for name, shape in shapes.items()}
+    tasks = {
+        "gemm": workers["sparse"].task("multiply", arguments.gemm),
+        **{name: workers["sparse"].task("forward_backward", name) for name in reversed(BACK_ENDS)},
+        "optimizer": workers["sparse"].task("update"),
+    }
+    for name in list(shapes)[1:]:
+        tasks |= {name: workers[name].task("forward_backward"), f"{name}_optimizer": workers[name].task("update")}
+    try:
         seconds = in_turn(tasks, arguments.rounds)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    sparse = Subject(config, training.batch_size)
     return {
         "tokens_per_step": sparse.ids.numel(),
         "step_gflop": round(sparse.flops / 1e9, 2),
         **figures(seconds, sparse.ids.numel(), sparse.flops, 2 * arguments.gemm**3),
-        "step_ms_by_experts": {count: _ms(_steps(seconds, f"{count}", f"{count}_optimizer")) for count in many},
+        "step_ms_by_experts": {
+            f"{count}": _ms(_steps(seconds, f"{count}", f"{count}_optimizer")) for count in arguments.experts
+        },
     }
 
 
-def in_turn(tasks: dict[str, Callable[[], object]], rounds: int) -> Seconds:
-    """The seconds of each task in each round, after one round to warm up."""
-    seconds: Seconds = {name: [] for name in tasks}
-    for turn in range(rounds + 1):
-        for name, task in tasks.items():
-            started = time.perf_counter()
-            task()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+def in_turn(tasks: dict[str, Callable[[], float]], rounds: int) -> Seconds:
+    """The seconds of each task in each round, after two rounds to warm up: the second still grows the heap."""
+    turns = [{name: task() for name, task in tasks.items()} for _ in range(rounds + 2)][2:]
+    return {name: [turn[name] for turn in turns] for name in tasks}
 
 
 def figures(seconds: Seconds, tokens: int, flops: int, gemm_flops: int) -> dict[str, Any]:
