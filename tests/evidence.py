@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -188,7 +189,9 @@ def circumstances() -> str:
     return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}, {software}"
 
 
+@cache
 def commit() -> str:
+    """Asked once: the page itself is a change that nobody has committed yet."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty= with uncommitted changes"]
     told = subprocess.run(git, capture_output=True, text=True, check=False)
     return told.stdout.strip() or "not a git checkout"
