@@ -90,12 +90,18 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "work"
 
 
-def test_a_download_is_checked_and_needed_once(
-    web: tuple[str, Path], bare: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def serve_tiny(web: tuple[str, Path], corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tiny Shakespeare whole, where it is looked for; the folder that is served."""
     address, folder = web
     monkeypatch.setattr(corpora, "TINY_URL", f"{address}/input.txt")
     (folder / "input.txt").write_text(corpus.train + corpus.validation)
+    return folder
+
+
+def test_a_download_is_checked_and_needed_once(
+    web: tuple[str, Path], bare: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = serve_tiny(web, corpus, monkeypatch)
     assert corpora.load("tinyshakespeare") == corpus
     (folder / "input.txt").unlink()
     assert corpora.load("tinyshakespeare") == corpus
@@ -175,9 +181,7 @@ def test_a_broken_download_is_one_line_that_says_what_to_do(
 def test_ranks_that_download_at_once_do_not_get_in_each_others_way(
     web: tuple[str, Path], bare: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address, folder = web
-    monkeypatch.setattr(corpora, "TINY_URL", f"{address}/input.txt")
-    (folder / "input.txt").write_text(corpus.train + corpus.validation)
+    serve_tiny(web, corpus, monkeypatch)
     all_wrote, write = threading.Barrier(3), Path.write_bytes
 
     def write_and_wait(path: Path, content: bytes) -> int:
