@@ -117,7 +117,11 @@ def from_preset(name: str, overrides: dict[str, Any]) -> TrainingConfig:
     path = PRESETS / f"{name}.toml"
     if not path.is_file():
         raise BadConfig(f"there is no preset {name!r}; choose one of {', '.join(preset_names())}")
-    return replaced(from_dict(tomllib.loads(path.read_text())), overrides)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither TOML nor UTF-8
+        raise BadConfig(f"{path} is no preset: {error}") from None
+    return replaced(from_dict(values), overrides)
 
 
 def from_dict(values: dict[str, Any]) -> TrainingConfig:

@@ -150,7 +150,7 @@ class Trainer:
         if rounded is None or result is None:
             return runs.step_folder(self.run, self.history.step)
         point = self.history.remember(figures.loss, result.loss, self.tokens, self.flops)
-        chosen = chosen_by_class(rounded, self.validation_ids, self.tokenizer.tokens)
+        chosen = chosen_by_class(rounded, self.validation_ids, self.tokenizer.token_bytes)
         noted = {} if chosen is None else {"chosen_by_class": chosen}
         sample = record.sample(rounded, self.tokenizer)
         watchers.evaluation({**point, **noted}, figures, result, sample)

@@ -44,14 +44,13 @@ def test_every_token_has_the_class_of_its_first_character_that_is_no_space() -> 
         " \n",
         "",
         "—",
-        "bytes:\\xc3",
-        "bytes:\\x20\\xf0",
-        "bytes:",
+        "bytes:\\xc3",  # the letters, which are a text
     ]
     named = ["newline", "space", "upper case", "vowel", "consonant", "digit", "punctuation"]
-    assert [experts.class_of(token) for token in tokens] == [
-        *named, "consonant", "consonant", "newline", "other", "other", "other", "other", "consonant",
+    assert [experts.class_of(token.encode()) for token in tokens] == [
+        *named, "consonant", "consonant", "newline", "other", "other", "consonant",
     ]  # fmt: skip
+    assert [experts.class_of(part) for part in (b"\xc3", b" \xf0")] == ["other", "other"]
 
 
 def test_lift_is_one_without_preference_and_the_number_of_experts_for_a_sole_taker() -> None:
@@ -236,6 +235,21 @@ def test_a_text_of_one_character_has_a_report_and_a_damaged_one_is_not_written_o
             report()
         assert len(str(caught.value).splitlines()) == 1
         assert (tmp_path / "out" / "report.json").read_bytes() == damage
+
+
+def test_a_report_leaves_no_picture_of_other_weights_and_whatever_is_not_its_own(tmp_path: Path) -> None:
+    corpus = Corpus("verse", VERSE, VERSE[:2000])
+    config = configs.from_preset("tiny", {"steps": 2, "evaluate_every": 2})
+    loaded = checkpoint.load(Trainer(config, corpus, tmp_path / "run", torch.device("cpu")).train())
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in ("specialisation.gif", "loss.png", "mine.png"):
+        (output / name).write_bytes(b"of other weights")
+    write(loaded, corpus, output, windows=2, run=None, control=None)
+    pictures = {path.name for path in output.iterdir()} - {"README.md", "report.json"}
+    assert pictures == {"loss.png", "load.png", "classes.png", "causal-map.png", "mine.png"}
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "mine.png").read_bytes() == b"of other weights"
 
 
 def training(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:

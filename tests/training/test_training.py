@@ -303,6 +303,17 @@ def test_a_presets_value_that_cannot_be_is_refused_by_name(name: str, value: obj
         configs.from_dict({name: value})
 
 
+@pytest.mark.parametrize("content", [b"steps = ", b"\xff\xfe"])
+def test_a_preset_that_is_no_toml_is_refused_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(configs, "PRESETS", tmp_path)
+    (tmp_path / "mine.toml").write_bytes(content)
+    with pytest.raises(BadConfig, match=r"mine\.toml is no preset: ") as caught:
+        configs.from_preset("mine", {})
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_the_largest_dropout_keeps_its_share_and_a_fraction_may_be_left_out() -> None:
     config = configs.from_dict({"dropout": configs.MOST_DROPOUT, "weight_decay": 0})
     chance = chance_in(config, {}, 0, torch.ones(8, 1000))

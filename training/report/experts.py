@@ -5,7 +5,6 @@ Letters: W windows, T context_length, L layers, E experts, K experts per token, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,16 +22,16 @@ MOST_EXPERTS = 512
 
 CLASSES = ("newline", "space", "upper case", "vowel", "consonant", "digit", "punctuation", "other")
 _VOWELS = frozenset("aeiou")
-_NO_TEXT = re.compile(r"bytes:(\\x[0-9a-f]{2})+")
-"""How ``Tokenizer.tokens`` shows bytes that are no text."""
 
 
-def class_of(token: str) -> str:
+def class_of(token_bytes: bytes) -> str:
     """The class of a token's first character that is no space; of a space or line end if it holds nothing else.
 
-    token is one of ``Tokenizer.tokens``; bytes that are no text are "other".
+    Bytes that are no text are "other".
     """
-    if _NO_TEXT.fullmatch(token):
+    try:
+        token = token_bytes.decode()
+    except UnicodeDecodeError:
         return "other"
     if not token.strip():
         return "newline" if "\n" in token else "space" if token else "other"
@@ -70,13 +69,13 @@ def count_choices(model: Transformer, inputs: Tensor) -> Tensor:
     return counts
 
 
-def by_class(counts: Tensor, tokens: Sequence[str]) -> Tensor:
+def by_class(counts: Tensor, token_bytes: Sequence[bytes]) -> Tensor:
     """(L, E, V) -> (L, E, C)"""
-    index = torch.tensor([CLASSES.index(class_of(token)) for token in tokens], device=counts.device)
+    index = torch.tensor([CLASSES.index(class_of(token)) for token in token_bytes], device=counts.device)
     return counts.new_zeros(*counts.shape[:2], len(CLASSES)).index_add_(2, index, counts)
 
 
-def chosen_by_class(model: Transformer, ids: Tensor, tokens: Sequence[str]) -> list[list[list[int]]] | None:
+def chosen_by_class(model: Transformer, ids: Tensor, token_bytes: Sequence[bytes]) -> list[list[list[int]]] | None:
     """What a training run notes of its experts now and then, on a few windows: choices [layer][expert][class].
 
     None for so many experts that nobody could look at them one by one.
@@ -84,7 +83,7 @@ def chosen_by_class(model: Transformer, ids: Tensor, tokens: Sequence[str]) -> l
     if model.config.num_layers * model.config.num_experts > MOST_EXPERTS:
         return None
     inputs, _ = spread_windows(ids, model.config.context_length, WINDOWS_AT_ONCE)
-    counts: list[list[list[int]]] = by_class(count_choices(model, inputs), tokens).tolist()
+    counts: list[list[list[int]]] = by_class(count_choices(model, inputs), token_bytes).tolist()
     return counts
 
 

@@ -26,7 +26,8 @@ from training.report.card import card
 from training.report.overlap import longest_overlap
 from training.sample import stream
 
-FILE = "report.json"
+FILE, CARD = "report.json", "README.md"
+PICTURES = ("loss.png", "load.png", "classes.png", "causal-map.png", "specialisation.gif")
 SAMPLES, SAMPLE_LENGTH = 4, 500
 
 
@@ -50,12 +51,22 @@ def write(
         **_of_text(loaded, corpus),
     }
     output.mkdir(parents=True, exist_ok=True)
-    for name, content in _pictures(facts, report).items():
-        (output / name).write_bytes(content)
-    (output / FILE).write_text(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    text = card(loaded.manifest.name, loaded.config, facts, report)
-    (output / "README.md").write_text(text, encoding="utf-8")
+    drawn = _pictures(facts, report)
+    for name in PICTURES:
+        if name in drawn:
+            _replace(output / name, drawn[name])
+        else:  # of an earlier report
+            (output / name).unlink(missing_ok=True)
+    _replace(output / CARD, card(loaded.manifest.name, loaded.config, facts, report).encode())
+    _replace(output / FILE, (json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n").encode())
     return report
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Whoever reads the file finds the old one or the new one, whole."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def _earlier(output: Path, loaded: Checkpoint) -> dict[str, Any]:
@@ -130,7 +141,7 @@ def _of_experts(loaded: Checkpoint, corpus: Corpus, windows: int) -> dict[str, A
     }
     found["favourites"] = found["classes"] = found["causal_map"] = None
     if few and config.num_experts > 1:
-        found["classes"] = rounded(experts.lift(experts.by_class(counts, tokenizer.tokens)))
+        found["classes"] = rounded(experts.lift(experts.by_class(counts, tokenizer.token_bytes)))
         found["favourites"] = experts.favourites(counts, tokenizer.tokens, config.experts_per_token)
     if few and config.num_experts > config.experts_per_token:
         found["causal_map"] = _as_figures(experts.causal_map(loaded.model, inputs, targets))
