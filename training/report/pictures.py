@@ -97,7 +97,7 @@ def specialisation(frames: list[dict[str, Any]]) -> bytes:
 
     every = math.ceil(len(frames) / MOST_FRAMES)
     chosen = frames[:-1:every] + frames[-1:]
-    drawn = [Image.open(io.BytesIO(_frame(frame))).convert("RGB") for frame in chosen]
+    drawn = [Image.open(io.BytesIO(content)).convert("RGB") for content in _drawn(chosen)]
     palette = drawn[-1].quantize(64)  # one for all frames: what stays the same is then stored once
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in drawn]
     target = io.BytesIO()
@@ -106,27 +106,33 @@ def specialisation(frames: list[dict[str, Any]]) -> bytes:
     return target.getvalue()
 
 
-def _frame(frame: dict[str, Any]) -> bytes:
-    lift = frame["lift"]
-    columns = min(3, len(lift))
-    rows = math.ceil(len(lift) / columns)
-    with _figure(rows, columns, 8, 1.1 + rows * (0.5 + 0.17 * len(lift[0]))) as (figure, panels):
+def _drawn(frames: list[dict[str, Any]]) -> Iterator[bytes]:
+    """Each frame as a PNG. The figure is laid out once, for the last; the others put their values into it."""
+    last = frames[-1]["lift"]
+    used = _used(last)
+    columns = min(3, len(last))
+    rows = math.ceil(len(last) / columns)
+    with _figure(rows, columns, 8, 1.1 + rows * (0.5 + 0.17 * len(last[0]))) as (figure, panels):
         for axes in panels:
             axes.set_visible(False)
-        for layer, axes in enumerate(panels[: len(lift)]):
-            used = _used(lift)
-            _draw_classes(axes, [[row[c] for c in used] for row in lift[layer]], used, f"layer {layer}", numbers=False)
-        _lift_bar(figure, panels[: len(lift)])
-        figure.suptitle(f"what the experts like, step {frame['step']:,}", fontsize=10)
-        return _png(figure, 72)
+        for layer, axes in enumerate(panels[: len(last)]):
+            _draw_classes(axes, [[row[c] for c in used] for row in last[layer]], used, f"layer {layer}", numbers=False)
+        _lift_bar(figure, panels[: len(last)])
+        title = figure.suptitle("what the experts like", fontsize=10)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for frame in frames:
+            title.set_text(f"what the experts like, step {frame['step']:,}")
+            for layer, axes in enumerate(panels[: len(last)]):
+                axes.images[0].set_data(_logarithms([[row[c] for c in used] for row in frame["lift"][layer]]))
+            yield _png(figure, 72)
 
 
 def _draw_classes(
     axes: Axes, lift: list[list[float | None]], used: list[int], title: str, *, numbers: bool = True
 ) -> None:
     axes.set_visible(True)
-    # An expert that never takes a class has lift 0, whose logarithm is endless; it gets the end of the scale.
-    logs = [[math.nan if v is None else max(-3.0, math.log2(max(v, 1 / 8))) for v in row] for row in lift]
+    logs = _logarithms(lift)
     axes.imshow(logs, cmap="PuOr_r", vmin=-3, vmax=3, aspect="auto")
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_xticks(range(len(used)), [CLASSES[c] for c in used], fontsize=7, rotation=0 if numbers else 60)
@@ -138,6 +144,11 @@ def _draw_classes(
             if value is not None:
                 color = "white" if abs(logs[expert][column]) > 2 else "black"
                 axes.text(column, expert, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
+
+
+def _logarithms(lift: list[list[float | None]]) -> list[list[float]]:
+    """To base 2, NaN for None. An expert that never takes a class has lift 0 and gets the end of the scale."""
+    return [[math.nan if v is None else max(-3.0, math.log2(max(v, 1 / 8))) for v in row] for row in lift]
 
 
 def _used(lift: list[list[list[float | None]]]) -> list[int]:
