@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.transformer import Transformer
+from training.parallel import ALONE, Ranks
 
 # The first four steps of Polar Express (Amsel et al. 2025, arXiv 2505.16932, for a lower bound of 1e-3 on the singular
 # values): odd polynomials a x + b x^3 + c x^5, each the best possible after those before it.
@@ -48,11 +49,15 @@ class Muon:
     """Momentum whose update is made orthogonal (Jordan et al. 2024), for many matrices of many shapes.
 
     A parameter with more than two dimensions is a stack of matrices. Momentum rises from 0.85 to 0.95 over the first
-    200 steps; the step of a matrix is scaled by sqrt(max(1, O / I)).
+    200 steps; the step of a matrix is scaled by sqrt(max(1, O / I)). Ranks share the work of orthogonalising, which is
+    that of all matrices whatever a rank's part of the batch, and each has every matrix's momentum.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], learning_rate: float, weight_decay: float) -> None:
+    def __init__(
+        self, named: Mapping[str, Tensor], learning_rate: float, weight_decay: float, ranks: Ranks = ALONE
+    ) -> None:
         self._named = named
+        self._ranks = ranks
         self._learning_rate = learning_rate
         self._weight_decay = weight_decay
         self.momentum = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
@@ -63,8 +68,9 @@ class Muon:
         for names in self._by_shape():
             directions = torch.cat([self._direction(name, beta) for name in names])  # (n, O, I)
             scale = rate * max(1.0, directions.shape[-2] / directions.shape[-1]) ** 0.5
-            updates = polar_factor(directions).split([_stack(self._named[name]).shape[0] for name in names])
-            for name, update in zip(names, updates, strict=True):
+            updates = self._ranks.divide(polar_factor, directions)
+            sizes = [len(_stack(self._named[name])) for name in names]
+            for name, update in zip(names, updates.split(sizes), strict=True):
                 parameter = self._named[name]
                 parameter.mul_(1 - rate * self._weight_decay).sub_(update.view_as(parameter), alpha=scale)
 
@@ -100,12 +106,13 @@ class Optimizer:
         rates: LearningRates,
         clip_norm: float = 0.0,
         own: Mapping[str, Tensor] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._clip_norm = clip_norm
         self._own = dict(own or {})
         self._named = dict(model.named_parameters()) | self._own
         matrices = {name: parameter for name, parameter in self._named.items() if is_matrix(name)}
-        self._muon = Muon(matrices, rates.matrix, rates.weight_decay)
+        self._muon = Muon(matrices, rates.matrix, rates.weight_decay, ranks)
         groups = [
             {"params": [p for name, p in self._named.items() if is_chooser(name)], "lr": rates.head},
             {

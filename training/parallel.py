@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
@@ -114,6 +114,21 @@ class Ranks:
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
+    def divide(self, work: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+        """work(stack) for a work that treats every row by itself, (n, ...) -> (n, ...): each rank does a part of it."""
+        if self.size == 1:
+            return work(stack)
+        num_missing = -len(stack) % self.size  # for equal parts
+        rows = torch.cat([stack, stack.new_zeros(num_missing, *stack.shape[1:])])
+        return self._all(work(rows[self.rows(len(rows))]))[: len(stack)]
+
+    def _all(self, mine: Tensor) -> Tensor:
+        """(n, ...) on each rank -> (size * n, ...) on all."""
+        parts = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        with _peers_alive():
+            dist.all_gather(parts, mine.contiguous())
+        return torch.cat(parts)
+
     def gather(self, routings: Sequence[Routing]) -> Sequence[Routing]:
         """Each layer's routing of the global batch, its rows in global order: N / size tokens here -> N tokens.
 
@@ -129,7 +144,7 @@ class Ranks:
         if part is None:
             return None
         if isinstance(part, Tensor):
-            return cast("Any", _Gather).apply(part, self.rank, self.size)
+            return cast("Any", _Gather).apply(part, self)
         return replace(part, **{field.name: self._gathered(getattr(part, field.name)) for field in fields(part)})
 
 
@@ -137,18 +152,15 @@ class _Gather(torch.autograd.Function):
     """(n, ...) on each rank -> (size * n, ...) on all."""
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor, rank: int, size: int) -> Tensor:
-        ctx.rank, ctx.size = rank, size
-        rows = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(size)]
-        with _peers_alive():
-            dist.all_gather(rows, mine.contiguous())
-        return torch.cat(rows)
+    def forward(ctx: Any, mine: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks._all(mine)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """Own rows, times size: all ranks compute the same loss, and average_gradients divides by size."""
-        mine = cast("Tensor", gradients[0].chunk(ctx.size)[ctx.rank])
-        return mine * ctx.size, None, None
+        rows: slice = ctx.ranks.rows(len(gradients[0]))
+        return gradients[0][rows] * ctx.ranks.size, None
 
 
 @contextmanager

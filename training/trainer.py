@@ -56,7 +56,7 @@ class Trainer:
         self.model = Transformer(config.model_config(self.tokenizer.vocab_size)).to(device)
         initialise(self.model, config.seed, config.init)
         self.noise = noise_weights(config, self.model.config, device)
-        self.optimizer = Optimizer(self.model, _learning_rates(config), config.clip_norm, self.noise)
+        self.optimizer = Optimizer(self.model, _learning_rates(config), config.clip_norm, self.noise, ranks)
         self.history = History()
 
     @classmethod
