@@ -224,7 +224,7 @@ def expert(number: int, token: Tensor) -> Tensor:
 
 z = torch.linspace(-5, 5, 11)
 same(F.silu(z), z * z.sigmoid())
-to_expert_3 = Routing(logits=torch.zeros(1, 8), expert_ids=torch.tensor([[3]]), expert_weights=torch.ones(1, 1))
+to_expert_3 = Routing(torch.zeros(1, CONFIG.num_experts), torch.tensor([[3]]), expert_weights=torch.ones(1, 1))
 same(expert(3, tokens[0]), experts(tokens[:1], to_expert_3)[0])
 
 # %% [markdown]
@@ -297,9 +297,9 @@ assert not torch.equal(routing.expert_ids, expert_ids)  # the noise changed some
 crowd = tokens[:1].expand(4000, -1)
 chance = chance_in(noisy, w_noise, step=0, x=torch.zeros(1, 4000))
 routing = router(crowd, chance=chance.layer(0))
-tried = routing.expert_ids.flatten().bincount(minlength=8) / 4000
+tried = routing.expert_ids.flatten().bincount(minlength=CONFIG.num_experts) / 4000
 formula = balance.load(routing) / 4000
-for number in range(8):
+for number in range(CONFIG.num_experts):
     print(f"expert {number}: logit {logits[0, number]:5.2f}, tried {tried[number]:.1%}, formula {formula[number]:.1%}")
 
 assert (tried > 0).sum() > 2
@@ -399,8 +399,8 @@ correct = logits.log_softmax(-1).gather(-1, y[..., None])  # ln(probability of w
 same(cross_entropy, -correct.mean())
 total = cross_entropy
 for routing in routings:
-    work = routing.expert_ids.flatten().bincount(minlength=8) / routing.expert_ids.numel()
-    switch = 8 * (work * routing.logits.softmax(-1).mean(0)).sum()
+    work = routing.expert_ids.flatten().bincount(minlength=CONFIG.num_experts) / routing.expert_ids.numel()
+    switch = CONFIG.num_experts * (work * routing.logits.softmax(-1).mean(0)).sum()
     total = total + 0.01 * switch + 0.001 * routing.logits.logsumexp(-1).square().mean()
 same(loss, total)
 
@@ -549,8 +549,7 @@ assert with_it == written[:120]
 # %% [markdown]
 # ## Where to go from here
 #
-# - Change `SHAPE`: 16 experts, or `experts_per_token` 1 (with `"gates_over": "all"`, as in Switch). What becomes of the
-#   loss, and of the balance?
+# - Change `SHAPE`: 16 experts, or narrower ones. What becomes of the loss, and of the balance?
 # - Put `balance_weight=0.0` into the `TrainingConfig` of section 8 and look at section 10 again. Then add
 #   `router_noise="gaussian"`.
 # - `make train` trains a bigger model for five minutes; `make serve` serves the best one, and a request can silence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., C)"""
         if x.device.type == "cpu" and torch.is_grad_enabled():
-            y: Tensor = _WrittenOut.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+            y: Tensor
+            y, _ = cast(Any, _WrittenOut).apply(x, self.weight, self.eps)
             return y
         return super().forward(x)
 
@@ -24,14 +25,20 @@ class _WrittenOut(torch.autograd.Function):
     """y = n * weight with n = x / rms(x), and so dx = (g - n * mean(g * n)) / rms(x) with g = dy * weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         reciprocal = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, reciprocal)
-        return x * reciprocal * weight
+        return x * reciprocal * weight, reciprocal
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        dy = gradients[0]
         x, weight, reciprocal = ctx.saved_tensors
         normed = x * reciprocal
         d_weight = (dy * normed).flatten(0, -2).sum(dim=0)

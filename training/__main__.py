@@ -6,7 +6,7 @@ import argparse
 import os
 import secrets
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,9 +109,10 @@ def _train(arguments: argparse.Namespace) -> None:
     config = configs.from_preset(arguments.preset, flags)
     if "corpus" in flags and arguments.data:
         raise configs.BadConfig("--corpus names one text and --data another; leave one of them out")
-    run = RUNS / (arguments.preset if arguments.run is None else arguments.run)
-    if run.parent != RUNS or run.name in ("", ".", ".."):
-        raise configs.BadConfig(f"--run is {arguments.run!r}; it is the plain name of a folder below {RUNS}/")
+    name = arguments.preset if arguments.run is None else arguments.run
+    run = RUNS / name
+    if run.parent != RUNS or run.name in ("", ".", "..") or not name.isprintable():
+        raise configs.BadConfig(f"--run is {name!r}; it is the plain name of a folder below {RUNS}/")
     if config.items and not arguments.data:
         raise configs.BadConfig("items are the lines of a file; add --data FILE, or leave --items out")
     ranks = Ranks.from_environment()
@@ -120,18 +121,21 @@ def _train(arguments: argparse.Namespace) -> None:
     device = _rank_device(arguments.device, ranks)
     memory.require_room(config, memory.room_for_a_rank(device, ranks), ranks.size)
     runs.require_writable(run)
+    steps = runs.steps(run)
     if arguments.resume:
         require_resumable(config, run)
-    elif any(run.glob("step-*")):
+    elif steps:
         raise configs.BadConfig(f"{run} has checkpoints already; add --resume to go on, or name another with --run")
     ranks.join(device)
     with ranks.first_goes_ahead(device):
         corpus = _corpus(arguments.data, config.corpus, config.items)
     start = Trainer.resume if arguments.resume else Trainer
     trainer = start(config, corpus, run, device, ranks)
-    with runs.claim(run) if ranks.is_first else nullcontext():
-        if ranks.is_first:
-            print(_beginning(trainer), flush=True)
+    with ExitStack() as claimed:
+        with ranks.first_goes_ahead(device):
+            if ranks.is_first:
+                claimed.enter_context(runs.claim(run, steps))
+                print(_beginning(trainer), flush=True)
         final = trainer.train()
     if ranks.is_first:
         print(_summary(trainer, final))
@@ -238,9 +242,10 @@ def _sample_items(arguments: argparse.Namespace, loaded: Checkpoint) -> None:
     for item in items(
         loaded.model, loaded.tokenizer, arguments.items, arguments.length, **options, seed=_seed(arguments)
     ):
-        print(f"{item} (known)" if item in known else item, flush=True)
-        written.append(item)
-    print(f"{len(written)} items, {sum(item in known for item in written)} of them known from the training text")
+        is_known = item.strip() in known  # as the lines of the text were stripped
+        print(f"{item} (known)" if is_known else item, flush=True)
+        written.append(is_known)
+    print(f"{len(written)} items, {sum(written)} of them known from the training text")
 
 
 def _seed(arguments: argparse.Namespace) -> int:
@@ -291,7 +296,12 @@ def _export(arguments: argparse.Namespace) -> None:
         if arguments.target.exists():
             raise FileExistsError(f"{arguments.target} exists; a checkpoint is always a new folder")
         gguf_export.export(checkpoint.load(arguments.source), arguments.gguf, arguments.dtype or "f32")
-    runs.export(arguments.source, arguments.target)
+    try:
+        runs.export(arguments.source, arguments.target)
+    except BaseException:
+        if arguments.gguf:
+            arguments.gguf.unlink()
+        raise
     print(f"serve it:  make serve CHECKPOINT={arguments.target}")
 
 

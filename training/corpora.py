@@ -101,7 +101,7 @@ def from_file(path: Path) -> Corpus:
     """Any text file: the first 90 % to train on, the rest to validate. Raises CorpusUnavailable."""
     text = _read(path)
     cut = int(TRAIN_SHARE * len(text))
-    return Corpus(path.stem, text[:cut], text[cut:])
+    return Corpus(_name_of(path), text[:cut], text[cut:])
 
 
 def items_from_file(path: Path) -> Corpus:
@@ -119,7 +119,7 @@ def items_from_file(path: Path) -> Corpus:
     train, validation = (
         "\n".join(["", *(line for line in lines if (line in held_out) is held), ""]) for held in (False, True)
     )
-    return Corpus(path.stem, train, validation)
+    return Corpus(_name_of(path), train, validation)
 
 
 def extended(tiny: str) -> str:
@@ -169,6 +169,11 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")  # a byte order mark is no letter
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusUnavailable(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+def _name_of(path: Path) -> str:
+    """A name that a record can hold: file names need not be UTF-8."""
+    return path.stem.encode(errors="replace").decode()
 
 
 def at_hand(name: str) -> Path | None:

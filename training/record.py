@@ -93,45 +93,54 @@ def introduction(name: str, config: ModelConfig, facts: dict[str, Any]) -> str:
     """What the model is, and its shape."""
     kind = facts["config"].get("tokenizer", "character")  # an older run knew no other
     written = {"byte": "one byte", "bpe": "a few letters"}.get(kind, "one character")
+    kind_of_model, experts = "dense", f"a feed-forward network of width {config.expert_size} in every layer"
+    if config.num_experts > 1:
+        kind_of_model = "sparse mixture-of-experts"
+        experts = (
+            f"{config.num_experts} experts of width {config.expert_size} in every layer, "
+            f"{config.experts_per_token} for each token"
+        )
     return f"""# {name}
 
-A sparse mixture-of-experts language model that writes {written} at a time. It continues text in the manner of its
+A {kind_of_model} language model that writes {written} at a time. It continues text in the manner of its
 corpus; it is no assistant, knows no facts and follows no instructions.
 
 - {config.num_parameters:,} parameters, {config.num_active_parameters:,} of them at work for each token
 - {config.num_layers} layers of width {config.hidden_size}
 - {config.num_heads} query heads of {config.head_dim} that share {config.num_kv_heads} heads for keys and values
-- {config.num_experts} experts of width {config.expert_size} in every layer, {config.experts_per_token} for each token
+- {experts}
 - attention over the last {config.context_length} positions; {config.vocab_size} tokens"""
 
 
 def training_section(config: ModelConfig, facts: dict[str, Any]) -> str:
     """What the run cost and reached."""
-    passed = "\n".join(
+    minutes = facts["seconds"] / 60
+    lines = [
+        f"- corpus `{facts['corpus']['name']}`; "
+        f"{facts['steps']:,} steps, {facts['tokens']:,} tokens, {minutes:.0f} minutes",
+        f"- validation loss **{facts['validation_loss']:.4f}** nats per token over {facts['validation_windows']} "
+        f"exact windows of\n  {config.context_length} inputs, with the weights as they are in this folder "
+        "(rounded to bfloat16)",
+    ]
+    if "bigram_loss" in facts:  # an older record has it not
+        bits, bigram = facts["bits_per_character"], facts["bigram_loss"]
+        lines.append(f"- {bits:.4f} bits per character; counts of token pairs reach {bigram:.4f} nats per token")
+    lines += [
         f"- below {milestone} nats per token by step {at['step']:,}, "
         f"after {at['tokens']:,} tokens and {at['seconds'] / 60:.1f} minutes"
         for milestone, at in facts["milestones"].items()
-    )
-    minutes = facts["seconds"] / 60
-    return f"""## Training
-
-- corpus `{facts["corpus"]["name"]}`; {facts["steps"]:,} steps, {facts["tokens"]:,} tokens, {minutes:.0f} minutes
-- validation loss **{facts["validation_loss"]:.4f}** nats per token over {facts["validation_windows"]} exact windows of
-  {config.context_length} inputs, with the weights as they are in this folder (rounded to bfloat16)
-{_beside_bigrams(facts)}
-{passed}
-- the busiest expert of the worst balanced layer takes {facts["max_load"]:.2f} times the mean load
+    ]
+    if config.num_experts > 1:
+        load = facts["max_load"]
+        lines.append(f"- the busiest expert of the worst balanced layer takes {load:.2f} times the mean load")
+    return (
+        "## Training\n\n"
+        + "\n".join(lines)
+        + """
 
 `training.json` has the whole record: settings, loss curve, digests of the corpus, and each expert's share of the work
 on the validation text."""
-
-
-def _beside_bigrams(facts: dict[str, Any]) -> str:
-    """A line of the list, or nothing for a record that is older than these figures."""
-    if "bigram_loss" not in facts:
-        return ""
-    bits, bigram = facts["bits_per_character"], facts["bigram_loss"]
-    return f"- {bits:.4f} bits per character; counts of token pairs reach {bigram:.4f} nats per token\n"
+    )
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -49,9 +49,15 @@ def save_step(
     checkpoint.save(folder, {**serving, RESUME: to_bytes(tensors)}, unlisted={"README.md": card.encode()})
     kept = {folder, *_whole(run)[:KEPT]} | ({step_folder(run, best)} if best is not None else set())
     half_written = set(run.glob(".step-*"))  # left by a kill; nobody else writes to this run
-    for old in {*_steps(run), *half_written} - kept:
+    for old in {*steps(run), *half_written} - kept:
         shutil.rmtree(old)
     return folder
+
+
+def steps(run: Path) -> list[Path]:
+    """All step folders, the newest first."""
+    folders = [folder for folder in run.glob("step-*") if _NAME.fullmatch(folder.name) and folder.is_dir()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def newest(run: Path) -> Path:
@@ -96,14 +102,21 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
-def claim(run: Path) -> TextIO:
-    """Keep a run to this process until what is returned is closed, or the process ends. Raises NotWritable."""
+def claim(run: Path, seen: list[Path]) -> TextIO:
+    """Keep a run to this process until what is returned is closed, or the process ends.
+
+    ``seen`` are the steps on which it was decided how to begin. Raises NotWritable if another process trains the run
+    or has done so since.
+    """
     run.mkdir(parents=True, exist_ok=True)
     lock = (run / ".lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise NotWritable(f"{run} is being trained by another process; name another run with --run") from None
+    if steps(run) != seen:
+        lock.close()
+        raise NotWritable(f"{run} was trained by another process meanwhile; start again to see what there is now")
     return lock
 
 
@@ -122,14 +135,8 @@ def export(source: Path, target: Path) -> None:
     checkpoint.save(target, served, unlisted={path.name: path.read_bytes() for path in report if path.is_file()})
 
 
-def _steps(run: Path) -> list[Path]:
-    """All step folders, the newest first."""
-    folders = [folder for folder in run.glob("step-*") if _NAME.fullmatch(folder.name) and folder.is_dir()]
-    return sorted(folders, key=step_of, reverse=True)
-
-
 def _whole(run: Path) -> list[Path]:
-    return [folder for folder in _steps(run) if is_whole(folder)]
+    return [folder for folder in steps(run) if is_whole(folder)]
 
 
 def is_whole(folder: Path) -> bool:

@@ -42,13 +42,19 @@ class Trainer:
     """One run: its model, its data and where it stands."""
 
     def __init__(
-        self, config: TrainingConfig, corpus: Corpus, run: Path, device: torch.device, ranks: Ranks = ALONE
+        self,
+        config: TrainingConfig,
+        corpus: Corpus,
+        run: Path,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.config = config
         self.corpus = corpus
         self.run = run
         self.ranks = ranks
-        self.tokenizer = _tokenizer_of(config, corpus)
+        self.tokenizer = tokenizer or _tokenizer_of(config, corpus)
         parts = [self.tokenizer.encode(text) for text in (corpus.train, corpus.validation)]
         _require_windows(corpus.name, min(map(len, parts)), config)
         self.train_ids, self.validation_ids = (torch.tensor(ids, device=device) for ids in parts)
@@ -69,7 +75,8 @@ class Trainer:
         """
         folder, facts = require_resumable(config, run)
         _require_same_text(corpus, facts, run)
-        trainer = cls(config, corpus, run, device, ranks)
+        # Learnt anew, pairs might come out otherwise with another version of the library.
+        trainer = cls(config, corpus, run, device, ranks, Tokenizer.load(folder))
         state = runs.read_state(folder)
         weights = {name.removeprefix("model."): state.pop(name) for name in list(state) if name.startswith("model.")}
         trainer.model.load_state_dict(weights)
@@ -161,8 +168,8 @@ class Trainer:
         weights = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         card = record.card(self.run.name, rounded.config, self._facts(result), sample)
         state = {**weights, **self.optimizer.state()}
-        best = runs.step_of(self.best_folder)
-        return runs.save_step(self.run, self.history.step, serving, card, state, best)
+        assert self.history.best
+        return runs.save_step(self.run, self.history.step, serving, card, state, int(self.history.best["step"]))
 
     @property
     def best_folder(self) -> Path:
@@ -273,7 +280,10 @@ def _require_same(config: TrainingConfig, facts: dict[str, Any], run: Path) -> N
     """A resumed run may go on for longer and be looked at more often; anything else would be another run."""
     may_change = {"steps", "evaluate_every"}
     # An older run had the default of an option that came later; a shape may spell its defaults out or not.
-    begun = TrainingConfig(**{**TrainingConfig().as_dict(), **facts["config"]})
+    try:
+        begun = TrainingConfig(**{**TrainingConfig().as_dict(), **facts["config"]})
+    except (TypeError, BadConfig) as error:
+        raise BadConfig(f"{run} was begun by another version of this program: {error}") from None
     changed = [name for name, value in config.as_dict().items() if getattr(begun, name) != value]
     if begun.model_config(vocab_size=1) == config.model_config(vocab_size=1):
         changed = [name for name in changed if name != "shape"]

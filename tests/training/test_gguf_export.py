@@ -202,22 +202,12 @@ def test_another_kind_of_tokenizer_is_refused(inner: tokenizers.Tokenizer) -> No
 
 
 def test_a_model_without_a_counterpart_is_refused_by_the_field_in_the_way() -> None:
-    class Foreign:
-        activation = "swiglu"
-        num_groups = 4
-
-        def to_hf(self) -> dict[str, Any]:
-            return {"model_type": "moescope"}
-
-    foreign: Any = Foreign()
-    with pytest.raises(NoCounterpart, match=r"^num_groups is 4; "):
-        gguf_export.require_counterpart(foreign)
-    foreign.num_groups, foreign.activation = 1, "relu"
-    with pytest.raises(NoCounterpart, match=r"^activation is 'relu'; "):
-        gguf_export.require_counterpart(foreign)
-    foreign.activation = "swiglu"
-    with pytest.raises(NoCounterpart, match=r"^model_type is 'moescope'; "):
-        gguf_export.require_counterpart(foreign)
+    config = tiny_model().config
+    gguf_export.require_counterpart(config)
+    foreign: dict[str, Any] = {"num_groups": 2, "activation": "relu", "gates_over": "all"}
+    for field, value in foreign.items():
+        with pytest.raises(NoCounterpart, match=f"^{field} is {value!r}; "):
+            gguf_export.require_counterpart(dataclasses.replace(config, **{field: value}))
 
 
 def test_the_command_writes_folder_and_file_and_replaces_nothing(tmp_path: Path) -> None:
@@ -232,7 +222,11 @@ def test_the_command_writes_folder_and_file_and_replaces_nothing(tmp_path: Path)
     code, message = export(source, target, "--gguf", tmp_path / "late.gguf")
     assert (code, len(message.splitlines())) == (1, 1)
     assert not (tmp_path / "late.gguf").exists()
-    assert {each.name for each in tmp_path.iterdir()} == {"tiny", "out", "out.gguf"}
+    (tmp_path / "file").touch()
+    code, message = export(source, tmp_path / "file" / "out", "--gguf", tmp_path / "late.gguf")
+    assert (code, len(message.splitlines())) == (1, 1)
+    assert not (tmp_path / "late.gguf").exists(), "its folder could not be made, so it would be half an export"
+    assert {each.name for each in tmp_path.iterdir()} == {"tiny", "out", "out.gguf", "file"}
 
 
 @pytest.mark.parametrize(("folder", "file"), [("out", "out"), ("out", "beside/../out/m.gguf"), ("out/model", "out")])

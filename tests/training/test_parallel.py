@@ -130,6 +130,15 @@ def test_a_text_that_is_not_there_is_told_once_and_by_no_other_words(text: Path)
     assert "Error: " not in output.split("torch.distributed")[0]
 
 
+def test_ranks_whose_run_another_process_trains_say_so_once(text: Path) -> None:
+    with runs.claim(text.parent / "runs" / "taken", seen=[]):
+        process = start(text, "taken", ranks=2)
+        output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert output.count("is being trained by another process") == 1
+    assert "another rank is gone" not in output
+
+
 def test_a_batch_that_the_ranks_cannot_share_is_refused_by_the_first_alone(text: Path) -> None:
     """Before any rank meets another: here there is none to meet."""
     said = []

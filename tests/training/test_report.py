@@ -48,9 +48,9 @@ def test_every_token_has_the_class_of_its_first_character_that_is_no_space() -> 
     ]
     named = ["newline", "space", "upper case", "vowel", "consonant", "digit", "punctuation"]
     assert [experts.class_of(token.encode()) for token in tokens] == [
-        *named, "consonant", "consonant", "newline", "other", "other", "consonant",
+        *named, "vowel", "consonant", "newline", "other", "other", "consonant",
     ]  # fmt: skip
-    assert [experts.class_of(part) for part in (b"\xc3", b" \xf0")] == ["other", "other"]
+    assert [experts.class_of(part) for part in (b"\xc3", b" \xf0", "о".encode())] == ["other"] * 3
 
 
 def test_lift_is_one_without_preference_and_the_number_of_experts_for_a_sole_taker() -> None:
@@ -252,6 +252,24 @@ def test_a_report_leaves_no_picture_of_other_weights_and_whatever_is_not_its_own
     assert (output / "mine.png").read_bytes() == b"of other weights"
 
 
+def test_a_report_writes_over_nobody_else_s_readme_and_takes_no_other_run_s_history(tmp_path: Path) -> None:
+    corpus = Corpus("verse", VERSE, VERSE[:2000])
+    folders = {}
+    for name, steps in (("mine", 2), ("other", 4)):  # the same recipe: with another length its rates fall otherwise
+        config = configs.from_preset("tiny", {"steps": steps, "evaluate_every": 2})
+        folders[name] = Trainer(config, corpus, tmp_path / name, torch.device("cpu")).train()
+    loaded = checkpoint.load(folders["mine"])
+    with pytest.raises(BadConfig, match="trained another checkpoint"):
+        write(loaded, corpus, tmp_path / "out", windows=2, run=tmp_path / "other", control=None)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    with pytest.raises(BadConfig, match="would be lost"):
+        write(loaded, corpus, tmp_path / "project", windows=2, run=None, control=None)
+    assert (tmp_path / "project" / "README.md").read_text() == "mine"
+    report = write(loaded, corpus, folders["mine"], windows=2, run=tmp_path / "mine", control=None)
+    assert [frame["step"] for frame in report["specialisation"]] == [2]
+
+
 def training(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "training", *map(str, arguments)]
@@ -277,7 +295,16 @@ def test_a_report_stands_beside_its_checkpoint_and_keeps_what_is_no_longer_at_ha
     shown = {line.rpartition("(")[2].rstrip(")") for line in card.splitlines() if line.startswith("![")}
     assert shown == {path.name for path in folder.iterdir() if path.suffix in (".png", ".gif")}
     assert len(shown) == 5
+    assert "\n\n- below" not in card
     assert training(*report, cwd=tmp_path).returncode == 0
+    of_dense = tmp_path / "runs" / "dense" / "step-20"
+    assert (
+        training("report", "--checkpoint", of_dense, *report[3:], "--run", "runs/dense", cwd=tmp_path).returncode == 0
+    )
+    card = (of_dense / "README.md").read_text()
+    assert "A dense language model" in card
+    assert "1 experts" not in card
+    assert not (of_dense / "specialisation.gif").exists()
     assert json.loads((folder / "report.json").read_text()) == figures
     training("export", folder, "out", cwd=tmp_path)
     assert shown <= {path.name for path in (tmp_path / "out").iterdir()}

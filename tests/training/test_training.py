@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from model import checkpoint
+from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from tests.checkpoints import TINY, tiny_files, tiny_model
 from tests.training.processes import VERSE, start, train, training
@@ -75,6 +78,7 @@ def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(text: Path) -> N
         (["train", "--preset", "tiny", "--bpe-vocab-size", "255"], "bpe_vocab_size is 255"),
         (["train", "--preset", "tiny", "--run", "../out"], "plain name"),
         (["train", "--preset", "tiny", "--data", "verse.txt", "--run", ""], "plain name"),
+        (["train", "--preset", "tiny", "--data", "verse.txt", "--run", "caf\udce9"], "plain name"),
         (["train", "--preset", "tiny", "--data", "verse.txt", "--corpus", "tinyshakespeare"], "leave one of them out"),
         (["train", "--preset", "tiny", "--data", "verse.txt", "--batch-size", "100000000000"], "GiB of memory"),
         (["train", "--preset", "tiny", "--matrix-learning-rate", "nan"], "matrix_learning_rate is nan"),
@@ -138,12 +142,49 @@ def test_an_optimizer_that_is_restored_goes_on_where_its_model_is(device: torch.
 
 
 def test_a_run_has_one_trainer_at_a_time(text: Path) -> None:
-    with runs.claim(text.parent / "runs" / "mine"):
+    run = text.parent / "runs" / "mine"
+    with runs.claim(run, seen=[]):
         process = start(text, "mine")
         output, _ = process.communicate(timeout=60)
         assert output == "runs/mine is being trained by another process; name another run with --run\n"
         assert process.returncode == 1
     train(text, "mine")
+    with pytest.raises(runs.NotWritable, match="trained by another process meanwhile"):
+        runs.claim(run, seen=[])  # who looked before that run must not go on with what was seen
+    runs.claim(run, seen=[run / "step-20", run / "step-10"]).close()
+
+
+def test_a_resumed_run_reads_its_text_as_it_began_to(text: Path) -> None:
+    corpus, run = corpora.from_file(text), text.parent / "run"
+    config = configs.from_preset("tiny", {"tokenizer": "bpe", "bpe_vocab_size": 260, "steps": 2, "evaluate_every": 1})
+    folder = Trainer(config, corpus, run, torch.device("cpu")).train()
+    kept = {name: (folder / name).read_bytes() for name in checkpoint.verify(folder).files}
+    others = Tokenizer.of_bpe("zyx wvu " * 50, 260)  # as if another version had learnt other pairs
+    shutil.rmtree(folder)
+    checkpoint.save(folder, kept | others.files())
+    resumed = Trainer.resume(replace(config, steps=3), corpus, run, torch.device("cpu"))
+    assert resumed.tokenizer.token_bytes == others.token_bytes
+    assert resumed.train_ids.tolist() == others.encode(corpus.train)
+
+
+def test_a_run_of_another_version_of_the_program_is_refused_in_a_line(text: Path) -> None:
+    corpus, run = corpora.from_file(text), text.parent / "run"
+    config = configs.from_preset("tiny", {"steps": 2, "evaluate_every": 2})
+    folder = Trainer(config, corpus, run, torch.device("cpu")).train()
+    kept = {name: (folder / name).read_bytes() for name in checkpoint.verify(folder).files}
+    facts = json.loads(kept[checkpoint.RECORD])
+    facts["config"]["not_yet_known"] = 1
+    shutil.rmtree(folder)
+    checkpoint.save(folder, kept | {checkpoint.RECORD: json.dumps(facts).encode()})
+    with pytest.raises(BadConfig, match=r"begun by another version of this program: .*not_yet_known"):
+        Trainer.resume(replace(config, steps=3), corpus, run, torch.device("cpu"))
+
+
+def test_a_text_whose_file_name_is_no_utf8_is_trained_on(tmp_path: Path) -> None:
+    path = tmp_path / "caf\udce9.txt"
+    path.write_text(VERSE)
+    train(path, "mine", "--steps", 2)
+    assert checkpoint.read_record(tmp_path / "runs" / "mine" / "step-2")["corpus"]["name"] == "caf?"
 
 
 def test_a_clipped_step_sees_gradients_of_the_norm_that_was_asked_for() -> None:

@@ -5,6 +5,7 @@ Letters: W windows, T context_length, L layers, E experts, K experts per token, 
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from model.routing import load_entropy_ratio, max_load_ratio
 from model.transformer import Transformer
+from training.evaluate import WINDOWS_AT_ONCE
 
-WINDOWS_AT_ONCE = 24
 # Beyond this a picture of single experts shows nothing, and a causal map would take a night.
 MOST_EXPERTS = 512
 
@@ -27,7 +28,7 @@ _VOWELS = frozenset("aeiou")
 def class_of(token_bytes: bytes) -> str:
     """The class of a token's first character that is no space; of a space or line end if it holds nothing else.
 
-    Bytes that are no text are "other".
+    A letter counts without its accents; one of another alphabet and bytes that are no text are "other".
     """
     try:
         token = token_bytes.decode()
@@ -36,13 +37,14 @@ def class_of(token_bytes: bytes) -> str:
     if not token.strip():
         return "newline" if "\n" in token else "space" if token else "other"
     first = token.lstrip()[0]
-    if first.isupper():
+    plain = unicodedata.normalize("NFKD", first)[0]
+    if not plain.isascii():
+        return "other"
+    if plain.isupper():
         return "upper case"
-    if first.islower():
-        return "vowel" if first in _VOWELS else "consonant"
-    if first.isdigit():
-        return "digit"
-    return "punctuation" if first.isascii() else "other"
+    if plain.islower():
+        return "vowel" if plain in _VOWELS else "consonant"
+    return "digit" if plain.isdigit() else "punctuation"
 
 
 def spread_windows(ids: Tensor, length: int, most: int) -> tuple[Tensor, Tensor]:

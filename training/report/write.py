@@ -40,6 +40,8 @@ def write(
     """
     facts = loaded.training
     require_text_of(loaded, corpus)
+    if output != loaded.manifest.folder and (output / CARD).exists() and not (output / FILE).exists():
+        raise BadConfig(f"{output / CARD} is no report's, and would be lost; name another --output")
     earlier = _earlier(output, loaded)
     num_tokens = len(loaded.tokenizer.encode(corpus.validation))
     report = {
@@ -133,7 +135,6 @@ def _of_experts(loaded: Checkpoint, corpus: Corpus, windows: int) -> dict[str, A
     config, tokenizer = loaded.config, loaded.tokenizer
     ids = torch.tensor(tokenizer.encode(corpus.validation), device=loaded.model.device)
     inputs, targets = experts.spread_windows(ids, config.context_length, windows)
-    counts = experts.count_choices(loaded.model, inputs)
     few = config.num_layers * config.num_experts <= experts.MOST_EXPERTS
     found: dict[str, Any] = {
         "tokens_counted": inputs.numel(),
@@ -141,6 +142,7 @@ def _of_experts(loaded: Checkpoint, corpus: Corpus, windows: int) -> dict[str, A
     }
     found["favourites"] = found["classes"] = found["causal_map"] = None
     if few and config.num_experts > 1:
+        counts = experts.count_choices(loaded.model, inputs)
         found["classes"] = rounded(experts.lift(experts.by_class(counts, tokenizer.token_bytes)))
         found["favourites"] = experts.favourites(counts, tokenizer.tokens, config.experts_per_token)
     if few and config.num_experts > config.experts_per_token:
@@ -169,19 +171,14 @@ def _specialisation(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise BadConfig(f"{run} has no metrics.jsonl; --run names the folder in which the checkpoint was trained")
-    trained = checkpoint.read_record(runs.newest(run))
-    if _origin(trained) != _origin(facts):
+    looks = [line for line in runs.read_metrics(run) if "validation_loss" in line and line["step"] <= facts["steps"]]
+    found = [(look["step"], look["validation_loss"]) for look in looks[-1:]]
+    if found != [(facts["steps"], facts["validation_loss"])]:
         raise BadConfig(f"{run} trained another checkpoint; --run names the folder in which this one was trained")
-    notes = [line for line in runs.read_metrics(run) if "chosen_by_class" in line and line["step"] <= facts["steps"]]
+    notes = [look for look in looks if "chosen_by_class" in look]
     return [
         {"step": note["step"], "lift": rounded(experts.lift(torch.tensor(note["chosen_by_class"])))} for note in notes
     ]
-
-
-def _origin(facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a run was told but for its length, and the text it read."""
-    told = {name: value for name, value in facts["config"].items() if name not in ("steps", "evaluate_every")}
-    return told, facts["corpus"]["sha256"]
 
 
 def _of_text(loaded: Checkpoint, corpus: Corpus) -> dict[str, Any]:
@@ -207,8 +204,8 @@ def _pictures(facts: dict[str, Any], report: dict[str, Any]) -> dict[str, bytes]
     }
     if report["classes"]:
         drawn["classes.png"] = pictures.classes(report["classes"])
+        if report["specialisation"]:
+            drawn["specialisation.gif"] = pictures.specialisation(report["specialisation"])
     if report["causal_map"]:
         drawn["causal-map.png"] = pictures.causal_map(report["causal_map"]["cost"])
-    if report["specialisation"]:
-        drawn["specialisation.gif"] = pictures.specialisation(report["specialisation"])
     return drawn
