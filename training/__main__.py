@@ -34,7 +34,7 @@ def main() -> int:
         return int(arguments.command(arguments) or 0)
     except KeyboardInterrupt:
         return 130
-    except tuple(_expected_errors()) as error:
+    except _expected_errors() as error:
         if _speaks_of(error):
             print(f"{error}", file=sys.stderr)
         return 1
@@ -100,11 +100,6 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    _with_patient_malloc()
-    from training import memory, runs
-    from training.parallel import Ranks
-    from training.trainer import Trainer, require_resumable
-
     flags = configs.flag_values(arguments)
     config = configs.from_preset(arguments.preset, flags)
     if "corpus" in flags and arguments.data:
@@ -115,6 +110,11 @@ def _train(arguments: argparse.Namespace) -> None:
         raise configs.BadConfig(f"--run is {name!r}; it is the plain name of a folder below {RUNS}/")
     if config.items and not arguments.data:
         raise configs.BadConfig("items are the lines of a file; add --data FILE, or leave --items out")
+    _with_patient_malloc()
+    from training import memory, runs
+    from training.parallel import Ranks
+    from training.trainer import Trainer, require_resumable
+
     ranks = Ranks.from_environment()
     if config.batch_size % ranks.size:
         raise configs.BadConfig(f"batch_size is {config.batch_size}; {ranks.size} ranks must share it evenly")
@@ -201,10 +201,10 @@ def _bigram(tokenizer: Tokenizer, corpus: Corpus, validation_ids: torch.Tensor) 
 
 
 def _sample(arguments: argparse.Namespace) -> None:
+    _require_sampling(arguments)
     from model import checkpoint
     from training.sample import stream
 
-    _require_sampling(arguments)
     loaded = checkpoint.load(arguments.checkpoint, _device(arguments.device))
     if arguments.items is not None:
         _sample_items(arguments, loaded)
@@ -253,11 +253,11 @@ def _seed(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    if arguments.windows < 1:
+        raise configs.BadConfig(f"--windows is {arguments.windows}; it must be at least 1")
     from model import checkpoint
     from training.report.write import write
 
-    if arguments.windows < 1:
-        raise configs.BadConfig(f"--windows is {arguments.windows}; it must be at least 1")
     loaded = checkpoint.load(arguments.checkpoint, _device(arguments.device))
     corpus = _corpus(arguments.data, arguments.corpus or loaded.training["corpus"]["name"], _of_items(loaded))
     output = arguments.output or arguments.checkpoint
@@ -284,10 +284,10 @@ def _require_sampling(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from training import runs
-
     if arguments.dtype and not arguments.gguf:
         raise configs.BadConfig("--dtype is of the GGUF's matrices; add --gguf FILE, or leave --dtype out")
+    from training import runs
+
     if arguments.gguf:  # first, so that a refusal leaves nothing behind
         from model import checkpoint
         from training import gguf_export
@@ -355,24 +355,24 @@ def _with_patient_malloc() -> None:
         os.execve(sys.executable, [sys.executable, "-m", "training", *sys.argv[1:]], {**os.environ, **MALLOC})
 
 
-def _expected_errors() -> list[type[Exception]]:
-    from model.checkpoint import CheckpointError
-    from model.tokenizer import UnknownCharacters
-    from training.corpora import CorpusUnavailable
-    from training.runs import NothingToResume, NotWritable
+# What ends a command with its own words on one line. Nothing is imported to look for them: a refusal at once should not
+# cost an import of torch, and a module that is not there cannot have raised anything.
+EXPECTED = {
+    "model.checkpoint": ("CheckpointError",),
+    "model.tokenizer": ("UnknownCharacters",),
+    "training.config": ("BadConfig",),
+    "training.corpora": ("CorpusUnavailable",),
+    "training.evaluate": ("TooShort",),
+    "training.gguf_export": ("NoCounterpart",),
+    "training.parallel": ("FirstFailed", "RankLost"),
+    "training.runs": ("NothingToResume", "NotWritable"),
+    "training.trainer": ("Diverged",),
+}
 
-    ours = [configs.BadConfig, CheckpointError, CorpusUnavailable, NothingToResume, NotWritable, UnknownCharacters]
-    if "torch" in sys.modules:  # else nobody can have raised these
-        from training.evaluate import TooShort
-        from training.parallel import FirstFailed, RankLost
-        from training.trainer import Diverged
 
-        ours += [TooShort, Diverged, FirstFailed, RankLost]
-    if "training.gguf_export" in sys.modules:
-        from training.gguf_export import NoCounterpart
-
-        ours += [NoCounterpart]
-    return [*ours, OSError]
+def _expected_errors() -> tuple[type[Exception], ...]:
+    found = [(sys.modules[module], names) for module, names in EXPECTED.items() if module in sys.modules]
+    return (OSError, *(getattr(module, name) for module, names in found for name in names))
 
 
 def _speaks_of(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from model import checkpoint
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from tests.checkpoints import TINY, tiny_files, tiny_model
-from tests.training.processes import VERSE, start, train, training
+from tests.training.processes import ROOT, VERSE, start, train, training
 from training import config as configs
 from training import corpora, runs
 from training.chance import chance_in
@@ -97,6 +97,20 @@ def test_what_cannot_be_is_refused_in_one_line(text: Path, arguments: list[str],
     assert process.returncode == 1
     assert message in output
     assert len(output.splitlines()) == 1
+
+
+def test_what_a_preset_or_a_flag_refuses_is_said_at_once_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    for wrong in (
+        ["train", "--preset", "none"],
+        ["train", "--steps", 0],
+        ["train", "--run", "a/b"],
+        ["sample", "--top-p", 2],
+    ):
+        process = training(*wrong, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "torch" not in output
 
 
 def test_a_run_that_cannot_be_written_is_refused_before_its_text_is_read(text: Path) -> None:
