@@ -16,10 +16,9 @@ from model.checkpoint import Checkpoint
 from model.generate import generate
 from tests.checkpoints import tiny_checkpoint
 from tests.service.serving import Server
+from tests.training.processes import ROOT, VERSE
 from training import config as configs
 
-ROOT = Path(__file__).parents[1]
-VERSE = "The quick brown fox jumps over the lazy dog, and he sleeps on.\n" * 100
 # Less of everything that costs time, and nothing less of what makes a preset what it is.
 SMALL = ("--hidden-size", 32, "--num-layers", 2, "--expert-size", 16, "--context-length", 32, "--batch-size", 4)
 

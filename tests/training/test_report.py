@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 from model import checkpoint
 from model.tokenizer import Tokenizer
 from tests.checkpoints import CHARACTERS, tiny_files, tiny_model
+from tests.training.processes import ROOT, VERSE
 from training import config as configs
 from training import corpora
 from training.config import BadConfig
@@ -26,9 +27,6 @@ from training.report.card import card, reading
 from training.report.overlap import longest_overlap
 from training.report.write import control_figures, write
 from training.trainer import Trainer
-
-ROOT = Path(__file__).parents[2]
-VERSE = "The quick brown fox jumps over the lazy dog, and he sleeps on.\n" * 200
 
 
 def test_every_token_has_the_class_of_its_first_character_that_is_no_space() -> None:
