@@ -15,7 +15,7 @@ RUN case "$TORCH" in \
     && /opt/venv/bin/python -m pip install --constraint constraints.txt pip \
     && /opt/venv/bin/python -m pip install --constraint constraints.txt --group run
 
-# The native step for any x86-64 processor of the last ten years; on others torch decodes, and the log says so.
+# The native step for any x86-64 processor of the last ten years; on others torch does it, and the log says so.
 FROM ${BASE} AS native
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*

@@ -7,12 +7,12 @@ CODE := $(wildcard service model training benchmarks scripts tests)
 given = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
 
 .NOTPARALLEL:
-.PHONY: help serve test test-ray train lint sanitize bench bench-interop bench-peers prove evidence walkthrough dashboards traffic no-python
+.PHONY: help serve test test-ray train lint sanitize bench bench-interop bench-peers prove evidence walkthrough dashboards picture traffic no-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "  ARGS='...' is handed to the program behind a command, PYTHON=/path/to/python3.12 makes .venv with that Python,"
+	@echo "  ARGS='...' is handed to the (first) program behind a command, PYTHON=/path/to/python3.12 makes .venv with that Python,"
 	@echo "  TORCH=cpu installs the small PyTorch without CUDA (Linux; heeded when PyTorch is first installed)."
 
 serve: .venv/serve.stamp ## serve the model on http://127.0.0.1:8000 (PORT=9000 HOST=0.0.0.0 CHECKPOINT=DIR)
@@ -64,6 +64,9 @@ walkthrough: .venv/test.stamp ## run docs/walkthrough.py and make its notebook, 
 
 dashboards: .venv/test.stamp ## write Grafana's dashboards anew, after a change in scripts/dashboards
 	@exec $(PY) -m scripts.dashboards $(ARGS)
+
+picture: .venv/test.stamp ## take the README's pictures of a running service's page (URL=http://127.0.0.1:8000)
+	@PYTHONPATH=. $(PY) scripts/picture.py $(or $(URL),http://127.0.0.1:8000) docs
 
 traffic: .venv/serve.stamp ## keep a running service busy until Ctrl-C (URL=http://127.0.0.1:9000 ARGS='--seconds 60')
 	@exec $(PY) scripts/traffic.py $(call given,URL,url) $(ARGS)

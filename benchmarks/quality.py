@@ -28,7 +28,7 @@ RECORDS = RESULTS / "quality"
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 BEGIN, END = "<!-- quality: python -m benchmarks.quality --table -->", "<!-- end -->"
 MAKEMOE = "1.7439"  # the milestone of a run's record that is the notebook's best
-BUDGET = ("--steps", 1500)  # of 6,144 characters: half an hour on two cores that multiply 200 GFLOP/s
+BUDGET = ("--steps", 1500)  # of 6,144 characters: about half an hour of one core
 TWICE_OVER = (*BUDGET, "--dropout", 0.05, "--expert-dropout", 0.1)  # the text, whatever the preset becomes
 
 

@@ -25,7 +25,8 @@ def tune_process() -> None:
 def usable_cpus(root: Path = Path("/")) -> int:
     """At least 1. A quota of 2.5 CPUs counts as 2: a thread that is throttled holds up all the others."""
     quota = cpu_quota(root)
-    affinity = len(os.sched_getaffinity(0))
+    # macOS knows no affinity.
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return affinity if quota is None else max(1, min(affinity, int(quota)))
 
 

@@ -41,14 +41,18 @@ class Settings(BaseSettings):
         "auto", description="where the model runs; auto is cuda if there is one"
     )
     runner: Literal["auto", "native", "torch"] = Field(
-        "auto", description="what decodes on a CPU; auto is the native step, and torch where that cannot be had"
+        "auto", description="what runs the model on a CPU; auto is the native step, and torch where that cannot be had"
     )
-    threads: int = Field(default_factory=usable_cpus, ge=1, le=1024, description="CPU threads of the model")
+    threads: int = Field(usable_cpus(), ge=1, le=1024, description="CPU threads of the model")
     slots: int | None = Field(
         None, ge=1, le=4096, description="requests that run at the same time; otherwise what fits in memory, at most 64"
     )
     kv_memory_mib: int = Field(1024, ge=1, description="most memory that the slots' caches may take, in MiB")
-    queue: int = Field(256, ge=0, description="requests that may wait for a slot; the next one gets a 429")
+    queue: int = Field(
+        256,
+        ge=0,
+        description="requests that may wait for a slot; one more, or one that would wait too long, gets a 429",
+    )
     queue_timeout_s: float = Field(
         30, gt=0, le=86_400, allow_inf_nan=False, description="longest wait for a slot, in seconds; then a 504"
     )
@@ -78,8 +82,8 @@ class Settings(BaseSettings):
     )
     api_key: SecretStr | None = Field(
         None,
-        description="what clients send as Authorization: Bearer KEY to everything but page and probes; the environment "
-        "is the better place for it, as every user of the machine can read a command line",
+        description="what clients send as Authorization: Bearer KEY to everything but the page, /docs and the probes; "
+        "the environment is the better place for it, as every user of the machine can read a command line",
     )
     open_metrics: CliImplicitFlag[bool] = Field(False, description="/metrics needs no key")
     allowed_hosts: str = Field(

@@ -165,8 +165,8 @@ class Page:
         lines = [
             "# Evidence",
             "",
-            f"Written by `make prove`: {proved} of {len(rows)} claims proved. A run of some claims renews their lines;",
-            "each names its commit.",
+            f"Written by `make prove`: {proved} of the {len(rows)} claims below are proved. A run of some claims",
+            "renews their lines, and each names its commit; a whole run has a line for every claim there is.",
             "",
             *(line for commit, line in self.runs.items() if commit in used),
             "",

@@ -13,9 +13,9 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from service.answers import Experts, LayerExperts
+from service.answers import Experts, Info, LayerExperts
 from service.errors import KINDS
-from service.metrics import MAX_EXPERT_SERIES, ExpertDetail
+from service.metrics import MAX_EXPERT_SERIES, OUTCOMES, ExpertDetail
 from service.openai import CompletionBody
 from service.reference import EVENTS
 from service.schemas import GenerateBody
@@ -24,6 +24,7 @@ from tests.examples import PATIENCE_S, ROOT, Example, examples_of
 from tests.service.serving import Server, parse_events
 
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 EXAMPLES = examples_of(ROOT / "docs" / "api.md")
 OPEN_ENDED = [example for example in EXAMPLES if example.output is None]
 
@@ -39,6 +40,20 @@ def table(first_header: str, after: str = "") -> dict[str, list[str]]:
 def test_the_page_has_examples() -> None:
     assert len(EXAMPLES) >= 10
     assert PAGE.count("\n```output\n") == len(EXAMPLES) - len(OPEN_ENDED)
+
+
+def test_info_has_the_fields_of_the_page() -> None:
+    assert set(table("in the answer", after="## The server\n")) == set(Info.model_fields)
+
+
+def test_operations_name_every_setting_metric_and_outcome(shipped: Server) -> None:
+    rows = OPERATIONS.split("| setting | default | meaning |\n")[1].split("\n\n")[0].splitlines()
+    named = {setting for row in rows for setting in re.findall(r"`--([a-z-]+)`", row.split("|")[1])}
+    assert named == {name.replace("_", "-") for name in Settings.model_fields}
+    metrics = set(re.findall(r"^# TYPE (moescope_\w+)", shipped.client.get("/metrics").text, re.MULTILINE))
+    assert len(metrics) > 20
+    assert not {name for name in metrics if f"`{name}" not in PAGE + OPERATIONS}
+    assert not {outcome for outcome in OUTCOMES if f"`{outcome}`" not in OPERATIONS}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"line {example.line}")

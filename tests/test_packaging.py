@@ -107,6 +107,7 @@ def test_make_alone_lists_every_command(checkout: Path) -> None:
         "evidence",
         "walkthrough",
         "dashboards",
+        "picture",
         "traffic",
     }
 

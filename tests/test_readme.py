@@ -47,7 +47,9 @@ def share_of_known_words(text: str, corpus: Corpus) -> float:
 
 
 @needs_curl
-def test_the_curl_line_streams_text_in_the_corpuss_words(server: Server, corpus: Corpus, evidence: Evidence) -> None:
+def test_the_curl_line_streams_text_in_the_words_of_the_corpus(
+    server: Server, corpus: Corpus, evidence: Evidence
+) -> None:
     line = block("sh").replace(":8000", f":{server.port}")
     run = subprocess.run(shlex.split(line), capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(command=_evaluate)
     _add_checkpoint(evaluate)
-    evaluate.add_argument("--corpus", default="tinyshakespeare", help="whose validation text is scored")
+    evaluate.add_argument("--corpus", help="whose validation text is scored (default: that of its own corpus)")
     evaluate.add_argument("--data", type=Path, help="a text file whose last tenth is scored instead")
 
     sample = commands.add_parser("sample", help="print text")
@@ -172,7 +172,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from training.evaluate import evaluate, stream_loss
 
     loaded = checkpoint.load(arguments.checkpoint, _device(arguments.device))
-    corpus = _corpus(arguments.data, arguments.corpus, _of_items(loaded))
+    corpus = _corpus(arguments.data, arguments.corpus or loaded.training["corpus"]["name"], _of_items(loaded))
     ids = torch.tensor(loaded.tokenizer.encode(corpus.validation), device=loaded.model.device)
     result = evaluate(loaded.model, ids)
     print(f"validation loss  {result.loss:.4f} nats per token over {result.num_windows} windows")

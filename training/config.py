@@ -20,6 +20,49 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "init": ("zero_output", "kaiming", "xavier", "truncated_normal"),
 }
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+HELP = {
+    "corpus": "the text to train on",
+    "items": "every line of --data is an item of its own, such as a name",
+    "tokenizer": "what a token is",
+    "bpe_vocab_size": "tokens of a tokenizer of the kind bpe",
+    "steps": "updates of the weights",
+    "batch_size": "sequences of context_length tokens in a step, over all ranks",
+    "seed": "fixes the first weights, the batches and all chance",
+    "matrix_learning_rate": "peak of Muon's, for the matrices inside the layers",
+    "embedding_learning_rate": "peak of AdamW's, for embedding and norms",
+    "head_learning_rate": "peak of AdamW's, for head and routers",
+    "weight_decay": "of the matrices, decoupled",
+    "clip_norm": "largest norm of all gradients together; 0 leaves them as they are",
+    "warmup_steps": "steps over which the rates rise",
+    "warmdown_share": "share of the steps, at the end, over which the rates fall to zero",
+    "balance_weight": "of the switch loss, summed over the layers",
+    "z_weight": "of the router's z-loss",
+    "importance_weight": "of Shazeer's importance loss",
+    "load_weight": "of Shazeer's load loss; needs router_noise gaussian",
+    "router_noise": "gaussian: Shazeer's noisy gating; jitter: Switch's",
+    "jitter": "width of the router noise of that name",
+    "dropout": "of embedding, attention's and experts' updates, while training",
+    "expert_dropout": "inside the experts, while training",
+    "capacity_factor": "times an even share is what an expert takes of a sequence while training; 0 sets no limit",
+    "init": "how the first weights are drawn",
+    "evaluate_every": "steps from one look at the validation text, and one checkpoint, to the next",
+    "hidden_size": "channels of the model",
+    "num_layers": "layers, each of attention and experts",
+    "num_heads": "query heads",
+    "num_kv_heads": "heads for keys and values, which query heads share",
+    "head_dim": "channels of a head",
+    "num_experts": "experts in every layer; 1 is a dense model",
+    "experts_per_token": "experts at work for a token; 1 is Switch",
+    "expert_size": "width of an expert",
+    "context_length": "positions that attention sees, and tokens of a training sequence",
+    "rope_theta": "base of the rotary positions",
+    "rms_norm_eps": "added to a mean square before its root",
+    "activation": "swiglu has three matrices an expert, the others two",
+    "num_groups": "groups of experts; more than 1 is two levels of gating",
+    "groups_per_token": "groups at work for a token",
+    "gates_over": "the softmax is over the chosen experts, or over all as in Switch",
+}
+"""What a flag's value does; ``--help`` shows it."""
 MOST_DROPOUT = 1 - 2.0**-16
 """A rate is rounded to a multiple of 2^-16 where it is drawn; one above this would be 1."""
 SHAPE_FIELDS = tuple(f.name for f in fields(ModelConfig) if f.name != "vocab_size")
@@ -143,14 +186,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         **{f.name: f.default for f in fields(TrainingConfig)},
         **{f.name: f.default for f in fields(ModelConfig)},
     }
+    group = parser.add_argument_group("in place of the preset's values")
     for name in [*(f.name for f in fields(TrainingConfig) if f.name != "shape"), *SHAPE_FIELDS]:
         flag = "--" + name.replace("_", "-")
         if isinstance(defaults[name], bool):  # bool("False") is true, so these take no word: --items, --no-items
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=HELP[name])
             continue
         # A wrong word is refused where a preset's is, in the same one line.
-        shown = "|".join({**CHOICES, **SHAPE_CHOICES}.get(name, [str(defaults[name])]))
-        parser.add_argument(flag, type=type(defaults[name]), default=argparse.SUPPRESS, metavar=shown)
+        kind = type(defaults[name])
+        shown = "|".join({**CHOICES, **SHAPE_CHOICES}.get(name, ["N" if kind is int else "X"]))
+        group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=shown, help=HELP[name])
 
 
 def flag_values(arguments: argparse.Namespace) -> dict[str, Any]:

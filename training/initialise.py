@@ -1,4 +1,4 @@
-"""The first weights of a model. Knows no optimiser."""
+"""The first weights of a model. Knows no optimizer."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
         row_multiple=row_multiple,
         fingerprint=_fingerprint(loaded, options, runner, slots, row_multiple),
     )
-    place = f"{device}, decoded by {info.runner}"
+    place = f"{device}, run by {info.runner}"
     log.info("the model is on %s, %d threads, %d slots of %.0f MiB in all", place, info.threads, slots, info.cache_mib)
     if options.fault:
         engine.runner = FaultyRunner(runner, options.fault)
@@ -108,7 +108,7 @@ def _runner(
     except NoLibrary as reason:
         if options.runner == "native":
             raise CannotServe(f"--runner is native, but {reason}; use --runner auto or torch") from None
-        log.warning("torch decodes, several times slower than the native step would: %s", reason)
+        log.warning("torch reads and writes, many times slower than the native step would: %s", reason)
         return TorchRunner(model, slots, counters)
 
 

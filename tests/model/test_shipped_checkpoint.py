@@ -74,7 +74,7 @@ def test_the_record_tells_the_truth(shipped: Checkpoint, validation: Tensor, evi
         assert layer == pytest.approx(shares, abs=1e-3)
 
 
-def test_loss_while_streaming_is_not_above_the_windows_loss(
+def test_loss_while_streaming_is_not_above_that_over_windows(
     shipped: Checkpoint, validation: Tensor, at: At, evidence: Evidence
 ) -> None:
     ids = validation[: at(20_000, len(validation))]

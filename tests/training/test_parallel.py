@@ -59,7 +59,7 @@ def pid_of_rank(torchrun: subprocess.Popen[str], rank: int) -> int:
     return next(int(pid) for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
 
 
-def test_two_ranks_give_one_ranks_loss_and_one_resumes_what_two_began(text: Path, evidence: Evidence) -> None:
+def test_two_ranks_give_the_loss_of_one_and_one_resumes_what_two_began(text: Path, evidence: Evidence) -> None:
     arguments = ("--steps", 100, "--evaluate-every", 50, *GENTLE, *ALL_CHOSEN)
     train(text, "one", *arguments)
     output = train(text, "two", *arguments, ranks=2)

@@ -60,7 +60,7 @@ def test_without_a_compiler_torch_decodes_and_one_line_says_why(
     folder = tiny_checkpoint(tmp_path / "tiny")
     assert build(folder)[1].runner == "torch"
     (line,) = warnings(caplog)
-    assert "torch decodes" in line
+    assert "torch reads and writes" in line
     assert "no C++ compiler" in line
     with pytest.raises(CannotServe, match="--runner is native, but there is no C"):
         build(folder, runner="native")
