@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from playwright.sync_api import FloatRect, Locator, Page, ViewportSize, expect, sync_playwright
 
 SETTINGS = "#prompt=ROMEO%3A%0A&seed=7&max_new_tokens={length}&layer=5"
-SILENCED = "Expert 0 of layer 5"
+SILENCED = "Expert 1 of layer 5"
 SIZE = ViewportSize(width=1360, height=860)
 SMALL = ViewportSize(width=1240, height=850)
 UNTIL_DONE_MS = 120_000
@@ -81,6 +81,7 @@ class Film:
             lossless=True,
             quality=60,
             minimize_size=True,
+            method=4,  # Pillow takes 0 unless told, which stores what stays the same ten times over
         )
 
 

@@ -40,7 +40,8 @@ def write(
     """
     facts = loaded.training
     require_text_of(loaded, corpus)
-    if output != loaded.manifest.folder and (output / CARD).exists() and not (output / FILE).exists():
+    is_its_own = output.resolve() == loaded.manifest.folder.resolve()
+    if not is_its_own and (output / CARD).exists() and not (output / FILE).exists():
         raise BadConfig(f"{output / CARD} is no report's, and would be lost; name another --output")
     earlier = _earlier(output, loaded)
     num_tokens = len(loaded.tokenizer.encode(corpus.validation))
