@@ -285,7 +285,7 @@ def test_a_report_stands_beside_its_checkpoint_and_keeps_what_is_no_longer_at_ha
     before = checkpoint.verify(folder)
     report = ("report", "--checkpoint", folder.relative_to(tmp_path), "--data", "verse.txt", "--windows", 4)
     whole = training(*report, "--run", "runs/mine", "--control", "runs/dense/step-20", cwd=tmp_path)
-    assert whole.stdout == f"read it:  runs/mine/step-20/README.md\n", whole.stderr
+    assert whole.stdout == "read it:  runs/mine/step-20/README.md\n", whole.stderr
     assert checkpoint.verify(folder) == before
     figures = json.loads((folder / "report.json").read_text())
     assert [frame["step"] for frame in figures["specialisation"]] == [10, 20]
