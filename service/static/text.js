@@ -8,8 +8,9 @@ export class Text {
   }
 
   begin(prompt) {
+    this.line = make("div", {}, make("span", { className: "given" }, prompt));
     Object.assign(this, { tokens: [], numShown: 0 });
-    this.container.replaceChildren(make("span", { className: "given" }, prompt));
+    this.container.replaceChildren(this.line);
   }
 
   /** Shows the tokens that came since the last call, and follows the end if the reader is there. */
@@ -18,7 +19,9 @@ export class Text {
     for (const token of this.tokens.slice(this.numShown)) {
       token.letter = make("span", { data: { index: token.index } }, token.text);
       this.#tint(token);
-      this.container.append(token.letter);
+      this.line.append(token.letter);
+      // Without an element for each line the browser would lay out the whole text anew with every letter.
+      if (token.text.endsWith("\n")) this.container.append((this.line = make("div")));
     }
     this.numShown = this.tokens.length;
     if (scrollTop + clientHeight > scrollHeight - 60) this.container.scrollTop = this.container.scrollHeight;

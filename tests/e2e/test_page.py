@@ -90,8 +90,9 @@ def test_text_appears_in_several_updates_before_the_end(server: Server, open_pag
     page.evaluate(
         """() => {
             window.lengths = [];
-            const note = () => document.getElementById("stop").disabled || lengths.push(text.childElementCount);
-            new MutationObserver(note).observe(text, { childList: true });
+            const count = () => text.querySelectorAll(".letter").length;
+            const note = () => document.getElementById("stop").disabled || lengths.push(count());
+            new MutationObserver(note).observe(text, { childList: true, subtree: true });
         }"""
     )
     generate(page)
@@ -100,6 +101,22 @@ def test_text_appears_in_several_updates_before_the_end(server: Server, open_pag
     assert len(set(lengths)) > 5
     assert lengths == sorted(lengths)
     assert letters(page).count() == 600
+
+
+def test_lines_stand_apart_and_are_copied_as_one_text(server: Server, open_page: OpenPage) -> None:
+    """Apart, because a browser lays out the whole of what stands together with every letter that joins it."""
+    page = open_page(server, settings(prompt="O Romeo,\nRomeo", max_new_tokens=600)).page
+    generate(page)
+    wait_until_done(page)
+    answer = server.answer(prompt="O Romeo,\nRomeo", max_new_tokens=600, seed=7)["text"]
+    first, *others = answer.splitlines(keepends=True)
+    assert len(others) > 5
+    lines = page.locator("#text > *").all_text_contents()
+    assert [line for line in lines if line] == [f"O Romeo,\nRomeo{first}", *others]
+    page.evaluate("getSelection().selectAllChildren(text)")
+    page.keyboard.press("Control+C")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.rstrip("\n") == f"O Romeo,\nRomeo{answer}".rstrip("\n")
 
 
 @pytest.mark.parametrize("how", ["button", "escape"])
