@@ -20,7 +20,7 @@ from benchmarks.engine import EngineProcess, engine_process
 from benchmarks.over_http import NoServer, Target, server_process
 from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
 from benchmarks.workload import Workload
-from service.cpus import usable_cpus
+from model.machine import usable_cpus
 from service.engine.loading import EngineOptions
 
 

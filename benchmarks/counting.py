@@ -22,8 +22,8 @@ from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.experts import ROW_MULTIPLE
+from model.machine import usable_cpus
 from model.router import Routing
-from service.cpus import usable_cpus
 from service.engine.counters import ExpertCounters
 from service.engine.engine import Engine
 from service.engine.runner import TorchRunner

@@ -25,9 +25,9 @@ from benchmarks.record import RESULTS, keep
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.kv_cache import KVCache
+from model.machine import usable_cpus
 from model.routing import expert_counts
 from model.transformer import Transformer
-from service.cpus import usable_cpus
 from service.expert_window import LEAST_TOKENS, Floats, divergence
 from training import corpora, sample
 

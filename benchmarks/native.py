@@ -26,9 +26,9 @@ from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
 from model import checkpoint
 from model.config import ModelConfig
 from model.experts import ROW_MULTIPLE
+from model.machine import usable_cpus
 from model.sampling import SamplingBatch
 from model.transformer import Transformer
-from service.cpus import usable_cpus
 from service.engine.batch import DecodeBatch, Piece, PrefillBatch, Wishes
 from service.engine.counters import ExpertCounters
 from service.engine.native.library import NoLibrary, load

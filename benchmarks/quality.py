@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, machine
-from service.cpus import usable_cpus
+from model.machine import usable_cpus
 from training.config import from_preset
 
 RECORDS = RESULTS / "quality"

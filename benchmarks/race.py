@@ -31,7 +31,7 @@ from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
 from benchmarks.workload import Workload
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from service.cpus import usable_cpus
+from model.machine import usable_cpus
 from training import gguf_export
 
 STARTING_S = 600.0

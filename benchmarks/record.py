@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from service.cpus import usable_cpus
+from model.machine import usable_cpus
 
 RESULTS = Path(__file__).parent / "results"
 

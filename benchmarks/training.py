@@ -31,9 +31,9 @@ from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
 from model.chance import LayerChance
 from model.config import ModelConfig
 from model.experts import Experts
+from model.machine import usable_cpus
 from model.router import Routing
 from model.transformer import Transformer
-from service.cpus import usable_cpus
 from training import config as configs
 from training.__main__ import MALLOC
 from training.optimizer import POLAR_EXPRESS, LearningRates, Optimizer, is_matrix

@@ -27,10 +27,10 @@ class PortRefused(Exception):
 def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # until the server takes over; while importing, to begin with
     from model.checkpoint import CheckpointError
-    from service.cpus import tune_process
     from service.logs import configure_logging
     from service.settings import SettingsRefused, read_settings
     from service.targets import TargetsRefused
+    from service.threads import tune_process
 
     tune_process()
     try:

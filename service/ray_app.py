@@ -8,12 +8,12 @@ from fastapi import FastAPI
 from ray import serve
 
 from service.app import create_app
-from service.cpus import tune_process
 from service.engine.loading import DEFAULT_SLOTS
 from service.engine.thread import EnginePhase, EngineThread
 from service.logs import configure_logging
 from service.settings import ReplicaSettings
 from service.targets import announce
+from service.threads import tune_process
 
 
 @serve.ingress()

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliImplicitFlag, SettingsConfigDict, SettingsError
 
-from service.cpus import usable_cpus
+from model.machine import usable_cpus
 
 ENV_PREFIX = "MOESCOPE_"
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.machine import cpu_quota, usable_cpus
 from training import config as configs
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MA
 
 def main() -> int:
     arguments = _parser().parse_args()
+    if cpu_quota() is not None:  # torch starts a thread for every CPU that it sees, and in a container sees all
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
     try:
         return int(arguments.command(arguments) or 0)
     except KeyboardInterrupt:

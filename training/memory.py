@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from model.machine import usable_memory
 from training.config import BadConfig, TrainingConfig
 from training.parallel import ALONE, Ranks
 
@@ -26,10 +25,10 @@ def least_bytes(config: TrainingConfig, num_ranks: int = 1) -> int:
 
 
 def room_for_a_rank(device: torch.device, ranks: Ranks = ALONE) -> int:
-    """Bytes of the GPU that a rank has to itself, or its share of this machine's."""
+    """Bytes of the GPU that a rank has to itself, or its share of what this machine, or container, lends."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks.local_size
+    return usable_memory() // ranks.local_size
 
 
 def require_room(config: TrainingConfig, room: int, num_ranks: int = 1) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from service.cpus import usable_cpus
+from model.machine import usable_cpus
 from tests.evidence import At, Evidence
 from tests.service.crowd import Told, ask, at_once, in_turn
 from tests.service.serving import ROOT, Server

@@ -11,7 +11,7 @@ from statistics import median
 
 import pytest
 
-from service.cpus import usable_cpus
+from model.machine import usable_cpus
 from tests.evidence import At, Evidence
 from tests.service.conftest import StartServer
 from tests.service.serving import ROOT, run_to_the_end

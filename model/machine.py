@@ -1,28 +1,19 @@
-"""How many CPUs this process may really use, affinity or cgroup quota, and how its threads shall share them.
+"""What this process may really use of its machine: CPUs by affinity and cgroup, memory by cgroup.
 
 A container with a quota of two CPUs on a host of 64 sees 64; a thread for each of them is many times slower than two.
+One with a limit of 4 GiB sees all of the host's, and is killed when it takes more than its own.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Final
 
-SWITCH_INTERVAL_S: Final = 0.0005
-
-
-def tune_process() -> None:
-    """Has to come before anything imports torch."""
-    # torch's threads spin while they wait for each other. For microseconds that pays (sleeping at once halves the speed
-    # at one stream); for longer it takes the core from the event loop and from whoever else is there.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    sys.setswitchinterval(SWITCH_INTERVAL_S)  # the engine's thread holds the GIL for most of a step otherwise
+ROOT = Path("/")
 
 
-def usable_cpus(root: Path = Path("/")) -> int:
+def usable_cpus(root: Path = ROOT) -> int:
     """At least 1. A quota of 2.5 CPUs counts as 2: a thread that is throttled holds up all the others."""
     quota = cpu_quota(root)
     # macOS knows no affinity.
@@ -30,21 +21,29 @@ def usable_cpus(root: Path = Path("/")) -> int:
     return affinity if quota is None else max(1, min(affinity, int(quota)))
 
 
-def cpu_quota(root: Path = Path("/")) -> float | None:
+def cpu_quota(root: Path = ROOT) -> float | None:
     """CPUs granted by the tightest cgroup (v2 or v1) around this process; None where nothing limits it."""
-    quotas = [quota for folder in _cgroup_folders(root) if (quota := _quota_of(folder)) is not None]
+    quotas = [quota for folder in _groups(root, "cpu") if (quota := _quota_of(folder)) is not None]
     return min(quotas, default=None)
 
 
-def _cgroup_folders(root: Path) -> Iterator[Path]:
-    """The process's own cgroup in every hierarchy that can limit CPU time, and all of that group's ancestors."""
+def usable_memory(root: Path = ROOT) -> int:
+    """Bytes: the machine's, or the limit of the tightest cgroup around this process."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    names = ("memory.max", "memory.limit_in_bytes")  # of v2 and v1; "max" is no limit
+    limits = [_read(folder / name).strip() for folder in _groups(root, "memory") for name in names]
+    return min([machine, *(int(limit) for limit in limits if limit.isdigit())])
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """The process's own cgroup in every hierarchy that can limit what the controller is for, and all its ancestors."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         group = PurePosixPath(path)
         for name in (*group.relative_to("/").parents, group.relative_to("/")):
-            for mount in (controllers, "cpu", "unified", "."):
+            for mount in (controllers, controller, "unified", "."):
                 yield root / "sys/fs/cgroup" / mount / name
 
 

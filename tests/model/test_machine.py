@@ -1,9 +1,9 @@
-"""A container's CPU quota bounds the number of threads, in both generations of cgroups."""
+"""What a container grants bounds the number of threads and the memory, in both generations of cgroups."""
 
 import os
 from pathlib import Path
 
-from service.cpus import cpu_quota, usable_cpus
+from model.machine import cpu_quota, usable_cpus, usable_memory
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -50,3 +50,26 @@ def test_an_ancestor_s_tighter_quota_counts(tmp_path: Path) -> None:
 def test_a_quota_is_rounded_down_but_never_to_nothing(tmp_path: Path) -> None:
     assert usable_cpus(v2(tmp_path / "half", "50000 100000")) == 1
     assert usable_cpus(v2(tmp_path / "one and a half", "150000 100000")) == 1
+
+
+def test_the_tightest_memory_limit_counts_in_both_generations(tmp_path: Path) -> None:
+    v2 = {
+        "proc/self/cgroup": "0::/pod/container\n",
+        "sys/fs/cgroup/pod/container/memory.max": "3000000\n",
+        "sys/fs/cgroup/pod/memory.max": "2000000\n",
+        "sys/fs/cgroup/memory.max": "max\n",
+    }
+    assert usable_memory(write(tmp_path / "2", v2)) == 2_000_000
+    v1 = {
+        "proc/self/cgroup": "5:memory:/docker/abc\n4:cpuset:/\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000000\n",  # as a container sees its own
+        "sys/fs/cgroup/cpuset/memory.max": "1\n",
+    }
+    assert usable_memory(write(tmp_path / "1", v1)) == 1_000_000
+
+
+def test_without_a_limit_memory_is_the_machine_s(tmp_path: Path) -> None:
+    machine = usable_memory(tmp_path)
+    assert machine > 2**30
+    unlimited = {"proc/self/cgroup": "5:memory:/\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{2**63 - 4096}\n"}
+    assert usable_memory(write(tmp_path / "1", unlimited)) == machine
