@@ -1,0 +1,99 @@
+"""A run's folder: one trainer at a time, what is kept of it, and who may go on with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.tokenizer import Tokenizer
+from tests.checkpoints import tiny_files, tiny_model
+from tests.training.processes import start, train, training
+from training import config as configs
+from training import corpora, runs
+from training.config import BadConfig
+from training.history import History
+from training.trainer import Trainer
+
+
+def test_a_run_that_cannot_be_written_is_refused_before_its_text_is_read(text: Path) -> None:
+    (text.parent / "runs").write_text("no folder")
+    process = training("train", "--preset", "tiny", "--data", "none.txt", cwd=text.parent)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.startswith("runs/tiny cannot be written")
+    assert len(output.splitlines()) == 1
+
+
+def test_the_best_step_outlives_the_newest_two(tmp_path: Path) -> None:
+    history, files = History(), tiny_files(tiny_model())
+    for step, loss in enumerate([3.0, 1.5, 2.0, 1.6, 1.9], start=1):
+        history.step = step
+        history.remember(loss, loss, tokens=10 * step, flops=100 * step)
+        assert history.best
+        runs.save_step(tmp_path, step, files, "card", {"w": torch.ones(2)}, int(history.best["step"]))
+    assert history.best == {"step": 2, "validation_loss": 1.5}
+    assert sorted(runs.step_of(folder) for folder in tmp_path.glob("step-*")) == [2, 4, 5]
+    assert history.milestones == {"1.7439": {"step": 2, "tokens": 20, "seconds": 0.0, "flops": 200}}
+
+
+def test_a_run_has_one_trainer_at_a_time(text: Path) -> None:
+    run = text.parent / "runs" / "mine"
+    with runs.claim(run, seen=[]):
+        process = start(text, "mine")
+        output, _ = process.communicate(timeout=60)
+        assert output == "runs/mine is being trained by another process; name another run with --run\n"
+        assert process.returncode == 1
+    train(text, "mine")
+    with pytest.raises(runs.NotWritable, match="trained by another process meanwhile"):
+        runs.claim(run, seen=[])  # who looked before that run must not go on with what was seen
+    runs.claim(run, seen=[run / "step-20", run / "step-10"]).close()
+
+
+def test_a_resumed_run_reads_its_text_as_it_began_to(text: Path) -> None:
+    corpus, run = corpora.from_file(text), text.parent / "run"
+    config = configs.from_preset("tiny", {"tokenizer": "bpe", "bpe_vocab_size": 260, "steps": 2, "evaluate_every": 1})
+    folder = Trainer(config, corpus, run, torch.device("cpu")).train()
+    kept = {name: (folder / name).read_bytes() for name in checkpoint.verify(folder).files}
+    others = Tokenizer.of_bpe("zyx wvu " * 50, 260)  # as if another version had learnt other pairs
+    shutil.rmtree(folder)
+    checkpoint.save(folder, kept | others.files())
+    resumed = Trainer.resume(replace(config, steps=3), corpus, run, torch.device("cpu"))
+    assert resumed.tokenizer.token_bytes == others.token_bytes
+    assert resumed.train_ids.tolist() == others.encode(corpus.train)
+
+
+def test_a_run_of_another_version_of_the_program_is_refused_in_a_line(text: Path) -> None:
+    corpus, run = corpora.from_file(text), text.parent / "run"
+    config = configs.from_preset("tiny", {"steps": 2, "evaluate_every": 2})
+    folder = Trainer(config, corpus, run, torch.device("cpu")).train()
+    kept = {name: (folder / name).read_bytes() for name in checkpoint.verify(folder).files}
+    facts = json.loads(kept[checkpoint.RECORD])
+    facts["config"]["not_yet_known"] = 1
+    shutil.rmtree(folder)
+    checkpoint.save(folder, kept | {checkpoint.RECORD: json.dumps(facts).encode()})
+    with pytest.raises(BadConfig, match=r"begun by another version of this program: .*not_yet_known"):
+        Trainer.resume(replace(config, steps=3), corpus, run, torch.device("cpu"))
+
+
+def test_a_resume_is_refused_for_another_run_and_a_damaged_step_is_passed_over(text: Path) -> None:
+    train(text, "mine")
+    run = text.parent / "runs" / "mine"
+    for other, named in (["--seed", 9], "seed"), (["--weight-decay", 0.3], "weight_decay"), ([], "20 steps already"):
+        process = training(
+            "train", "--preset", "tiny", "--data", text, "--run", "mine", "--resume", *other, cwd=text.parent
+        )
+        output, _ = process.communicate(timeout=60)
+        assert (process.returncode, len(output.splitlines())) == (1, 1)
+        assert named in output
+    assert runs.newest(run) == run / "step-20"
+    (run / "step-20" / runs.RESUME).write_bytes(b"torn")
+    assert runs.newest(run) == run / "step-10"
+    train(text, "mine", "--resume", "--steps", 21)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(1, 22)), "a step is on record once, however often it was taken"
