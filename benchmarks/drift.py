@@ -44,7 +44,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--random", type=int, default=16_000, metavar="N", help="random characters")
     parser.add_argument("--own", type=int, default=8_000, metavar="N", help="tokens that the model writes itself")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if any(window <= 0 or window % CHUNK for window in given.windows):
+        parser.error(f"--windows are multiples of {CHUNK}")
+    return given
 
 
 def texts(loaded: Checkpoint, arguments: argparse.Namespace) -> dict[str, Tensor]:

@@ -102,11 +102,11 @@ def _options(rows: int) -> SamplingBatch:
 
 
 @torch.inference_mode()
-def read(runner: Runner, length: int, chunk: int = 128) -> None:
+def read(runner: Runner, vocab_size: int, length: int, chunk: int = 128) -> None:
     """A prompt, as the engine has it read."""
     for start in range(0, length, chunk):
         tokens = min(chunk, length - start)
-        ids = torch.arange(start, start + tokens) * 7 % 65
+        ids = torch.arange(start, start + tokens) * 7 % vocab_size
         ids = F.pad(ids, (0, -tokens % PREFILL_ROWS)) if runner.layout.is_padded else ids
         draws = start + tokens == length
         runner.run(PrefillBatch(ids, (Piece(0, start, tokens, draws),), _options(int(draws)), NO_WISHES), 1)
@@ -169,7 +169,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         subject.runner.threads = arguments.threads
         for length in arguments.prompts:
             for name, runner in (("native", subject.runner), ("torch", plain)):
-                told[name, length].append(min(_seconds(partial(read, runner, length)) for _ in range(3)))
+                told[name, length].append(min(_seconds(partial(read, runner, config.vocab_size, length)) for _ in range(3)))
     middle = {key: statistics.median(values) for key, values in told.items()}
     return {
         "gemm_gflops": round(middle["gemm", 0], 1),

@@ -18,9 +18,9 @@ def keep(folder: Path, what: str, result: dict[str, Any]) -> None:
     """Print a result as one JSON line, with the date, and keep it in the folder as that of today."""
     now = datetime.now(UTC)
     line = json.dumps({"date": now.isoformat(timespec="seconds"), **result})
-    folder.mkdir(exist_ok=True)
-    (folder / f"{what}-{now.date()}.json").write_text(line + "\n")
     print(line)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{what}-{now.date()}.json").write_text(line + "\n")
 
 
 def machine() -> dict[str, Any]:

@@ -78,8 +78,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     from service.targets import announce
 
     app = create_app(settings)
-    announce(settings.targets, listener)
-    return serve(app, listener)
+    return serve(app, listener, announce(settings.targets, listener))
 
 
 def _refuse(message: str, code: int) -> int:

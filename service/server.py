@@ -9,10 +9,11 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import Any, Final, cast
+from typing import Any, Final, NoReturn, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -37,7 +38,7 @@ class Server(uvicorn.Server):
     uvicorn's own way closes the port at once, waits for streams for ever, and dies by the signal instead of returning.
     """
 
-    def __init__(self, app: FastAPI, listener: socket.socket, bounds: Bounds) -> None:
+    def __init__(self, app: FastAPI, listener: socket.socket, bounds: Bounds, withdraw: Callable[[], None]) -> None:
         config = uvicorn.Config(
             app,
             http=cast(Any, partial(Protocol, bounds)),
@@ -52,12 +53,13 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._engine: EngineThread = app.state.engine
         self._listener = listener
+        self._withdraw = withdraw
         self._is_draining = False
         self._is_announced = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._is_draining:
-            os._exit(128 + sig)  # whoever asks twice does not want to wait for anything
+            self.end_at_once(128 + sig)  # whoever asks twice does not want to wait for anything
         self._is_draining = True
         # The handler may have interrupted anything, a half-written log line included.
         asyncio.get_running_loop().call_soon_threadsafe(self._drain, sig)
@@ -65,8 +67,13 @@ class Server(uvicorn.Server):
     def _drain(self, sig: int) -> None:
         log_event("draining", signal=signal.Signals(sig).name)
         if self._engine.phase in STARTING:
-            os._exit(0)  # nobody is being served, and loading cannot be interrupted any other way
+            self.end_at_once(0)  # nobody is being served, and loading cannot be interrupted any other way
         self._engine.drain()
+
+    def end_at_once(self, code: int) -> NoReturn:
+        """Past Python's own way out, which waits for the engine's thread, or crashes under it, and calls atexit's."""
+        self._withdraw()
+        os._exit(code)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -114,9 +121,9 @@ class Server(uvicorn.Server):
             connection.transport.abort()
 
 
-def serve(app: FastAPI, listener: socket.socket) -> int:
-    """Serve until a signal or until the engine fails; the process's exit code."""
-    server = Server(app, listener, Bounds(connections=raise_connection_limit()))
+def serve(app: FastAPI, listener: socket.socket, withdraw: Callable[[], None]) -> int:
+    """Serve until a signal or until the engine fails; the process's exit code. withdraw is called where atexit is not."""
+    server = Server(app, listener, Bounds(connections=raise_connection_limit()), withdraw)
     server.run(sockets=[listener])
     engine: EngineThread = app.state.engine
     if engine.phase is EnginePhase.FAILED and engine.info is None:
@@ -124,7 +131,7 @@ def serve(app: FastAPI, listener: socket.socket) -> int:
         return EXIT_REFUSED
     log_event("ended")
     if engine.phase is EnginePhase.FAILED:
-        os._exit(EXIT_FAILED)  # its thread may be stuck where Python's own way out would wait for it, or crash
+        server.end_at_once(EXIT_FAILED)
     return 0
 
 

@@ -10,15 +10,19 @@ from typing import TextIO
 
 import pytest
 
-RUN = "PYTEST_XDIST_TESTRUNUID"  # set in every process of a run of several
+FOLDER = "FOLDER_OF_LOCKS"  # for the processes that the first one starts
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory()
+        os.environ[FOLDER] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    if RUN not in os.environ:
-        return (yield)
-    folder = Path(tempfile.gettempdir()) / f"moescope-tests-{os.environ[RUN]}"
-    folder.mkdir(exist_ok=True)
+    folder = Path(os.environ[FOLDER])
     kind = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
     with (folder / "door").open("w") as door, (folder / "room").open("w") as room:
         # Who waits for the room keeps the door, or others who share it would come in for ever.

@@ -41,7 +41,7 @@ HELP = {
     "load_weight": "of Shazeer's load loss; needs router_noise gaussian",
     "router_noise": "gaussian: Shazeer's noisy gating; jitter: Switch's",
     "jitter": "width of the router noise of that name",
-    "dropout": "of embedding, attention's and experts' updates, while training",
+    "dropout": "of what attention and the experts add, while training",
     "expert_dropout": "inside the experts, while training",
     "capacity_factor": "times an even share is what an expert takes of a sequence while training; 0 sets no limit",
     "init": "how the first weights are drawn",

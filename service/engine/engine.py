@@ -47,6 +47,7 @@ class Engine:
         self._clock = clock
         self._fed = dict.fromkeys(Phase, 0)
         self._generated = 0
+        self.phase: Phase | None = None  # of the newest step, whatever became of it
         self._num_rows = 1  # of the step that last took step_s
         self._step_s = BURST_S
         self._news: list[Delivery] = []  # not told yet: no end is lost when what comes after it raises
@@ -87,6 +88,7 @@ class Engine:
         plan = self._scheduler.schedule(started, self.runner.most_prompt_tokens)
         if plan is None:
             return StepReport(())
+        self.phase = plan.phase
         steps = 1 if isinstance(plan, PrefillPlan) else self._burst(plan)
         drawn = self.runner.run(build_batch(plan, self.runner.layout), steps)
         if isinstance(plan, PrefillPlan):

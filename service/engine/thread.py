@@ -205,14 +205,14 @@ class EngineThread:
             self._answer(asked)
 
     def _serve(self, engine: Engine) -> None:
-        raised = 0
+        raised, raised_in = 0, None
         while not self._read_mail(engine):
             try:
                 self._deliver(StepReport(engine.expire()))
                 report = engine.step()
                 self._deliver(report)
             except Exception:
-                raised += 1
+                raised, raised_in = raised + 1, engine.phase
                 log.exception("a step raised; its sequences end")
                 self._deliver(StepReport(engine.end_running(FinishReason.INTERNAL)))
                 engine.rebuild()
@@ -220,7 +220,7 @@ class EngineThread:
                     raise
             else:
                 # Not any good step: where only decoding is broken, prompts are still read.
-                raised = 0 if report.phase is Phase.DECODE else raised
+                raised = 0 if report.phase is raised_in else raised
 
     def _read_mail(self, engine: Engine) -> bool:
         """Sleep until there is something to do and take in what has arrived. True when drained: all have ended."""

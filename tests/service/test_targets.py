@@ -10,7 +10,7 @@ import pytest
 
 from service.targets import TargetsRefused, announce
 from tests.service.conftest import StartServer
-from tests.service.serving import run_to_the_end
+from tests.service.serving import FOR_EVER, run_to_the_end, wait_until
 
 
 def targets(folder: Path) -> list[str]:
@@ -30,6 +30,29 @@ def test_a_server_names_itself_until_it_ends(start_server: StartServer, tmp_path
     one.signal(signal.SIGTERM)
     assert one.exit_code() == 0
     assert targets(folder) == [f"127.0.0.1:{two.port}"]
+
+
+@pytest.mark.parametrize(("when", "code"), [("it loads", 0), ("it is told twice", 143), ("its engine has died", 70)])
+def test_it_goes_however_the_process_ends(
+    start_server: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, code: int
+) -> None:
+    folder = tmp_path / "targets"
+    monkeypatch.setenv("MOESCOPE_FAULT", "die:100" if code == 70 else "die:1000000")
+    server = start_server("--targets", folder, "--grace-s", 1000).wait_until_it_listens()
+    wait_until(lambda: server.client.get("/livez").status_code == 200)
+    assert len(targets(folder)) == 1
+    if when != "it loads":
+        reader = server.wait_until_ready().send(max_new_tokens=FOR_EVER)
+    if when == "it is told twice":
+        server.wait_for(requests_running=1)
+        server.signal(signal.SIGTERM)
+        server.wait_for(ready=0)
+    if when != "its engine has died":
+        server.signal(signal.SIGTERM)
+    assert server.exit_code() == code
+    if when != "it loads":
+        reader.close()
+    assert targets(folder) == []
 
 
 def test_what_a_killed_server_left_goes_with_the_next_and_nobody_else_s(

@@ -13,7 +13,7 @@ import pytest
 
 from model import checkpoint
 from model.transformer import Transformer
-from service.engine.batch import Batch, DecodeBatch
+from service.engine.batch import Batch, DecodeBatch, PrefillBatch
 from service.engine.counters import ExpertCounters
 from service.engine.drawn import Drawn
 from service.engine.engine import Engine
@@ -223,6 +223,24 @@ def test_steps_that_raise_now_and_then_are_no_failure_of_the_engine(listener: Li
         thread.submit(one)
         listener.wait(partial(listener.has_ended, one))
         assert [end.reason for end in listener.ends[one]] == [FinishReason.INTERNAL]
+    assert thread.phase is EnginePhase.READY
+    thread.drain()
+    thread.join(PATIENCE_S)
+
+
+def test_prompts_that_raise_now_and_then_are_none_either_where_nothing_is_decoded(listener: Listener) -> None:
+    read = [0]
+
+    def is_broken(batch: Batch) -> bool:
+        read[0] += isinstance(batch, PrefillBatch)
+        return read[0] % 2 == 0
+
+    thread = faulty_thread(listener, is_broken)
+    scored = [Sequence((1, 2, 3), SamplingParams(max_new_tokens=1), deadline_s=PATIENCE_S) for _ in range(10)]
+    for one in scored:
+        thread.submit(one)
+        listener.wait(partial(listener.has_ended, one))
+    assert [listener.ends[one][0].reason for one in scored] == [FinishReason.LENGTH, FinishReason.INTERNAL] * 5
     assert thread.phase is EnginePhase.READY
     thread.drain()
     thread.join(PATIENCE_S)
