@@ -169,7 +169,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         subject.runner.threads = arguments.threads
         for length in arguments.prompts:
             for name, runner in (("native", subject.runner), ("torch", plain)):
-                told[name, length].append(min(_seconds(partial(read, runner, config.vocab_size, length)) for _ in range(3)))
+                told[name, length].append(
+                    min(_seconds(partial(read, runner, config.vocab_size, length)) for _ in range(3))
+                )
     middle = {key: statistics.median(values) for key, values in told.items()}
     return {
         "gemm_gflops": round(middle["gemm", 0], 1),

@@ -109,7 +109,7 @@ class Exchange:
     def end_all(self) -> None:
         """End every open stream as failed, for an engine that does so no more. On the event loop."""
         now = time.monotonic()
-        lost = [(sequence, (_lost(sequence, now),)) for sequence in self._streams]
+        lost = [(each, (each.ended(FinishReason.INTERNAL, now, 0, ()),)) for each in self._streams]  # nobody counts now
         self._deliver(StepReport(tuple(lost)), now)
 
     def nudge(self) -> None:
@@ -142,20 +142,6 @@ class Exchange:
             ttft_s=None if ended.ttft_s is None else round(ended.ttft_s, 4),
             total_s=round(ended.total_s, 4),
         )
-
-
-def _lost(sequence: Sequence, now: float) -> Ended:
-    """The end of a sequence whose engine cannot tell any more what it counted."""
-    return Ended(
-        reason=FinishReason.INTERNAL,
-        prompt_tokens=len(sequence.prompt_ids),
-        generated_tokens=len(sequence.token_ids),
-        routed_tokens=0,
-        expert_counts=(),
-        queue_s=(sequence.admitted_at or now) - sequence.created_at,
-        ttft_s=None if sequence.first_token_at is None else sequence.first_token_at - sequence.created_at,
-        total_s=now - sequence.created_at,
-    )
 
 
 async def watch(engine: EngineThread, exchange: Exchange, stuck_after_s: float) -> None:

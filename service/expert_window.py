@@ -27,16 +27,6 @@ LEAST_TOKENS: Final = 1_000
 
 
 @dataclass(frozen=True)
-class _Snapshot:
-    """What had been counted by a moment: tokens (P, L, E), gate weight (L, E), routed tokens (P, L)."""
-
-    taken_at: float
-    tokens: Counts
-    gate_weight: Floats
-    routed: Counts
-
-
-@dataclass(frozen=True)
 class ExpertLoad:
     """What the experts did in ``seconds``, the latest of which are ``age_s`` ago.
 
@@ -60,7 +50,7 @@ class ExpertLoad:
 
 
 class ExpertWindow:
-    """The ring of snapshots, one for every SNAPSHOT_EVERY_S of the last LONGEST_S. clock in time.monotonic seconds."""
+    """The ring of figures, one for every SNAPSHOT_EVERY_S of the last LONGEST_S. clock in time.monotonic seconds."""
 
     def __init__(
         self, config: ModelConfig, baseline: Floats | None = None, clock: Callable[[], float] = time.monotonic
@@ -69,14 +59,14 @@ class ExpertWindow:
         nothing = np.zeros((2, layers, experts), np.int64)
         self.baseline = baseline
         self._clock = clock
-        self._start = _Snapshot(clock(), nothing, np.zeros((layers, experts)), np.zeros((2, layers), np.int64))
-        # One more than fit in the longest window, since a window begins with the snapshot before it.
-        self._ring = deque([self._start], maxlen=LONGEST_S // SNAPSHOT_EVERY_S + 2)
+        self.start = Figures(clock(), nothing, np.zeros((layers, experts)), np.zeros((2, layers), np.int64))
+        # One more than fit in the longest window, since a window begins with the figures before it.
+        self._ring = deque([self.start], maxlen=LONGEST_S // SNAPSHOT_EVERY_S + 2)
 
     def keep(self, figures: Figures) -> None:
         """Remember these, for windows to begin with; to be called every SNAPSHOT_EVERY_S."""
         if figures.taken_at > self._ring[-1].taken_at:
-            self._ring.append(_snapshot(figures))
+            self._ring.append(figures)
 
     def load(self, latest: Figures | None, seconds: float | None) -> ExpertLoad:
         """What happened from ``seconds`` ago, or since the start, until ``latest``, which is None before the first.
@@ -84,9 +74,10 @@ class ExpertWindow:
         The window is as long as asked for or up to SNAPSHOT_EVERY_S longer, but for a process that is younger.
         """
         now = self._clock()
-        end = _snapshot(latest) if latest else self._start
-        first = self._start if seconds is None else self._last_before(now - seconds)
-        tokens, routed = end.tokens - first.tokens, (end.routed - first.routed).sum(axis=0)
+        latest = latest or self.start
+        first = self.start if seconds is None else self._last_before(now - seconds)
+        tokens = latest.expert_counts - first.expert_counts
+        routed = (latest.routed_tokens - first.routed_tokens).sum(axis=0)
         counts = tokens.sum(axis=0)
         with np.errstate(invalid="ignore"):
             share = counts / counts.sum(axis=-1, keepdims=True)
@@ -95,9 +86,9 @@ class ExpertWindow:
         is_idle = (counts == 0) & is_enough[:, None]
         return ExpertLoad(
             seconds=now - first.taken_at,
-            age_s=now - end.taken_at,
+            age_s=now - latest.taken_at,
             tokens=tokens,
-            gate_weight=end.gate_weight - first.gate_weight,
+            gate_weight=latest.gate_weight - first.gate_weight,
             routed=routed,
             share=share,
             entropy_ratio=entropy_ratio(told),
@@ -108,13 +99,9 @@ class ExpertWindow:
             drift=np.full(len(told), np.nan) if self.baseline is None else divergence(told, self.baseline),
         )
 
-    def _last_before(self, moment: float) -> _Snapshot:
-        """The newest snapshot that is as old as that; the oldest where none is."""
+    def _last_before(self, moment: float) -> Figures:
+        """The newest that are as old as that; the oldest where none are."""
         return next((one for one in reversed(self._ring) if one.taken_at <= moment), self._ring[0])
-
-
-def _snapshot(figures: Figures) -> _Snapshot:
-    return _Snapshot(figures.taken_at, figures.expert_counts, figures.gate_weight, figures.routed_tokens)
 
 
 def entropy(share: Floats) -> Floats:

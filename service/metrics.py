@@ -26,15 +26,8 @@ SECONDS: Final = (
 )
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
-OUTCOME_OF_REASON: Final = {
-    FinishReason.STOP: "stop",
-    FinishReason.LENGTH: "length",
-    FinishReason.EOS: "eos",
-    FinishReason.TIMEOUT: "timeout",
+OUTCOME_OF_REASON: Final = {reason: reason.value for reason in FinishReason} | {
     FinishReason.QUEUE_TIMEOUT: "rejected_deadline",
-    FinishReason.CANCELLED: "cancelled",
-    FinishReason.STALLED: "stalled",
-    FinishReason.SHUTDOWN: "shutdown",
     FinishReason.INTERNAL: "error",
     FinishReason.NON_FINITE: "error",
 }
@@ -163,7 +156,7 @@ class EngineCollector(Collector):
         self._window_s = window_s
 
     def collect(self) -> Iterator[Metric]:
-        figures = self._engine.last_figures
+        figures = self._engine.last_figures or self._window.start
         yield from self._experts(figures)
         if self._detail != "off":
             yield from self._balance(figures)
@@ -173,22 +166,20 @@ class EngineCollector(Collector):
         yield ready
         yield from self._about_the_build()
 
-    def _experts(self, figures: Figures | None) -> Iterator[Metric]:
-        layers, experts = self._config.num_layers, self._config.num_experts
-        counts = figures.expert_counts if figures else np.zeros((len(Phase), layers, experts), np.int64)
-        weights = figures.gate_weight if figures else np.zeros((layers, experts))
-        routed = figures.routed_tokens if figures else np.zeros((len(Phase), layers), np.int64)
-        phases = [phase.value for phase in Phase]
-        if self._detail == "full":
-            yield _expert_tokens(["phase", "layer", "expert"], counts, phases)
-            yield _gate_weight(["layer", "expert"], weights)
-        elif self._detail == "layer":
-            yield _expert_tokens(["phase", "layer"], counts.sum(axis=-1), phases)
-            yield _gate_weight(["layer"], weights.sum(axis=-1))
+    def _experts(self, figures: Figures) -> Iterator[Metric]:
+        tokens, weight, phases = figures.expert_counts, figures.gate_weight, [phase.value for phase in Phase]
+        if self._detail == "layer":
+            tokens, weight = tokens.sum(axis=-1), weight.sum(axis=-1)
+        if self._detail != "off":
+            of = ["layer", "expert"][: weight.ndim]
+            help_text = "Sum of the weights that experts' work had"
+            work = CounterMetricFamily("moescope_expert_tokens", "Tokens experts worked on", labels=["phase", *of])
+            yield _filled(work, tokens, phases)
+            yield _filled(CounterMetricFamily("moescope_expert_gate_weight", help_text, labels=of), weight)
         total = CounterMetricFamily("moescope_routed_tokens", "Tokens routed in a layer", labels=["phase", "layer"])
-        yield _filled(total, routed, phases)
+        yield _filled(total, figures.routed_tokens, phases)
 
-    def _balance(self, figures: Figures | None) -> Iterator[Metric]:
+    def _balance(self, figures: Figures) -> Iterator[Metric]:
         """What ``GET /experts?window=`` says of the same seconds."""
         load = self._window.load(figures, self._window_s)
         of_layers = {
@@ -204,14 +195,12 @@ class EngineCollector(Collector):
             share = GaugeMetricFamily("moescope_expert_baseline_share", help_text, labels=["layer", "expert"])
             yield _filled(share, self._window.baseline)
 
-    def _sequences(self, figures: Figures | None) -> Iterator[Metric]:
-        prompt, generated = (figures.prompt_tokens, figures.generated_tokens) if figures else (0, 0)
-        yield CounterMetricFamily("moescope_prompt_tokens", "Prompt tokens read", value=prompt)
-        yield CounterMetricFamily("moescope_generated_tokens", "Tokens drawn", value=generated)
-        running, queued = (figures.running, figures.queued) if figures else (0, 0)
-        yield GaugeMetricFamily("moescope_requests_running", "Requests that have a slot", value=running)
-        yield GaugeMetricFamily("moescope_requests_queued", "Requests that wait for a slot", value=queued)
-        age = time.monotonic() - figures.taken_at if figures else 0.0
+    def _sequences(self, figures: Figures) -> Iterator[Metric]:
+        yield CounterMetricFamily("moescope_prompt_tokens", "Prompt tokens read", value=figures.prompt_tokens)
+        yield CounterMetricFamily("moescope_generated_tokens", "Tokens drawn", value=figures.generated_tokens)
+        yield GaugeMetricFamily("moescope_requests_running", "Requests that have a slot", value=figures.running)
+        yield GaugeMetricFamily("moescope_requests_queued", "Requests that wait for a slot", value=figures.queued)
+        age = time.monotonic() - figures.taken_at
         yield GaugeMetricFamily("moescope_figures_age_seconds", "How old the engine's figures are", value=age)
 
     def _about_the_build(self) -> Iterator[Metric]:
@@ -227,17 +216,6 @@ class EngineCollector(Collector):
         build = GaugeMetricFamily("moescope_build_info", "What is running; always 1", labels=list(labels))
         build.add_metric(list(labels.values()), 1)
         yield build
-
-
-def _expert_tokens(labels: list[str], counts: npt.NDArray[np.int64], phases: list[str]) -> Metric:
-    return _filled(
-        CounterMetricFamily("moescope_expert_tokens", "Tokens experts worked on", labels=labels), counts, phases
-    )
-
-
-def _gate_weight(labels: list[str], weights: npt.NDArray[np.float64]) -> Metric:
-    help_text = "Sum of the weights that experts' work had"
-    return _filled(CounterMetricFamily("moescope_expert_gate_weight", help_text, labels=labels), weights)
 
 
 def _filled(family: Family, values: npt.NDArray[np.generic], names: Sequence[str] | None = None) -> Family:

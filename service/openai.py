@@ -275,11 +275,9 @@ class OpenAIRoutes:
                 CompletionBody, self._admission.limits, model=self._model.id, prompt="ROMEO:", max_tokens=64
             ),
         )
-        router.add_api_route(
-            "/models", self.models, methods=["GET"], response_model=ModelList, responses=answers(401, 421)
-        )
+        router.add_api_route("/models", self.models, responses=answers(401, 421))
         one = answers(401, 404, 421, 422)  # or FastAPI adds a 422 of its own, in another shape
-        router.add_api_route("/models/{model}", self.model, methods=["GET"], response_model=ModelEntry, responses=one)
+        router.add_api_route("/models/{model}", self.model, responses=one)
         router.add_api_route("/chat/completions", self.chat, methods=["POST"], include_in_schema=False)
         return router
 

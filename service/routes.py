@@ -117,7 +117,6 @@ class Routes:
             "/tokenize",
             self.tokenize,
             methods=["POST"],
-            response_model=TokenizeAnswer,
             response_model_exclude_none=True,
             responses=reading,
             openapi_extra=describe_body(TokenizeBody, limits, prompt="ROMEO:"),
@@ -126,33 +125,26 @@ class Routes:
             "/detokenize",
             self.detokenize,
             methods=["POST"],
-            response_model=DetokenizeAnswer,
             responses=reading,
             openapi_extra=describe_body(DetokenizeBody, limits, tokens=[0, 1, 2]),
         )
-        router.add_api_route("/info", self.info, methods=["GET"], response_model=Info, responses=answers(401, 421))
+        router.add_api_route("/info", self.info, responses=answers(401, 421))
         router.add_api_route(
             "/experts",
             self.experts,
-            methods=["GET"],
-            response_model=Experts,
             responses=answers(401, 421, 422),
             openapi_extra={"parameters": [WINDOW]},
         )
         router.add_api_route(
             "/experts/report",
             self.expert_report,
-            methods=["GET"],
-            response_model=ExpertReport,
             responses=answers(401, 421),
         )
         probe = answers(503, shape=NotReady)
-        router.add_api_route("/livez", self.livez, methods=["GET"], response_model=Health, responses=probe)
-        router.add_api_route("/readyz", self.readyz, methods=["GET"], response_model=Health, responses=probe)
+        router.add_api_route("/livez", self.livez, response_model=Health, responses=probe)
+        router.add_api_route("/readyz", self.readyz, response_model=Health, responses=probe)
         formats = {"text/plain": TEXT, "application/openmetrics-text": TEXT}
-        router.add_api_route(
-            "/metrics", self.metrics, methods=["GET"], response_class=Response, responses=answers(401, content=formats)
-        )
+        router.add_api_route("/metrics", self.metrics, response_class=Response, responses=answers(401, content=formats))
         return router
 
     async def generate(self, request: Request) -> Response:

@@ -38,15 +38,11 @@ class Limits:
             field
         ]
 
-    @property
-    def default_new_tokens(self) -> int:
-        return min(DEFAULT_NEW_TOKENS, self.max_new_tokens)
-
     def defaults(self) -> dict[str, Any]:
         """What an absent field means, for those fields that a reader may want to show."""
         names = ("temperature", "top_k", "top_p", "min_p")
         fields = {name: GenerateBody.model_fields[name].default for name in names}
-        return {"max_new_tokens": self.default_new_tokens, **fields}
+        return {"max_new_tokens": min(DEFAULT_NEW_TOKENS, self.max_new_tokens), **fields}
 
 
 def _in_vocabulary(value: list[int], info: ValidationInfo) -> list[int]:

@@ -38,7 +38,9 @@ class Server(uvicorn.Server):
     uvicorn's own way closes the port at once, waits for streams for ever, and dies by the signal instead of returning.
     """
 
-    def __init__(self, app: FastAPI, listener: socket.socket, bounds: Bounds, withdraw: Callable[[], None]) -> None:
+    def __init__(
+        self, app: FastAPI, listener: socket.socket, bounds: Bounds, withdraw: Callable[[], None] = lambda: None
+    ) -> None:
         config = uvicorn.Config(
             app,
             http=cast(Any, partial(Protocol, bounds)),
@@ -122,8 +124,9 @@ class Server(uvicorn.Server):
 
 
 def serve(app: FastAPI, listener: socket.socket, withdraw: Callable[[], None]) -> int:
-    """Serve until a signal or until the engine fails; the process's exit code. withdraw is called where atexit is not."""
-    server = Server(app, listener, Bounds(connections=raise_connection_limit()), withdraw)
+    """Serve until a signal or until the engine fails; the exit code. Where atexit is not called, withdraw is."""
+    bounds = Bounds(connections=raise_connection_limit())
+    server = Server(app, listener, bounds, withdraw)
     server.run(sockets=[listener])
     engine: EngineThread = app.state.engine
     if engine.phase is EnginePhase.FAILED and engine.info is None:

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.engine.sequence import BY_ITSELF, DrawnToken, Ended, Event, FinishReason
+from service.engine.sequence import BY_ITSELF, TELLS_ALL, DrawnToken, Ended, Event, FinishReason
 from service.errors import ApiError
 from service.exchange import Abandoned, TokenStream
 
@@ -22,14 +22,6 @@ MOST_BYTES: Final = 65_536
 """A write's size, about: what a reader leaves lying is held in memory."""
 SSE_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-_ERROR_OF_REASON: Final = {
-    FinishReason.SHUTDOWN: "shutdown",
-    FinishReason.INTERNAL: "internal",
-    FinishReason.NON_FINITE: "non_finite",
-    FinishReason.CANCELLED: "client_closed",
-    FinishReason.STALLED: "stalled",
-    FinishReason.QUEUE_TIMEOUT: "queue_timeout",
-}
 # In ASCII: there are readers of streams who end a line at U+2028 or U+0085, which JSON would leave as they are.
 encode_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
@@ -146,8 +138,9 @@ def weights_of(drawn: DrawnToken) -> list[list[float]]:
 
 def error_of(ended: Ended) -> ApiError | None:
     """None when the sequence ended as a sequence should."""
-    code = _ERROR_OF_REASON.get(ended.reason)
-    return None if code is None else ApiError(code)
+    if ended.reason in TELLS_ALL:
+        return None
+    return ApiError("client_closed" if ended.reason is FinishReason.CANCELLED else ended.reason)
 
 
 def raise_if_refused(first: Event) -> None:

@@ -15,8 +15,6 @@ from model.router import Routing
 from model.routing import fixed_point
 from service.engine.sequence import Phase
 
-PHASES = (Phase.PREFILL, Phase.DECODE)
-
 
 class ExpertCounters:
     """Routed tokens (S, P, L, E) and gate weight in fixed point (S, L, E), int64, on the model's device.
@@ -27,7 +25,7 @@ class ExpertCounters:
     def __init__(self, config: ModelConfig, num_slots: int, device: torch.device) -> None:
         layers, experts = config.num_layers, config.num_experts
         # Padding rows are routed too; crediting them to a slot of nobody's keeps them out of every sum.
-        self.tokens = torch.zeros(num_slots + 1, len(PHASES), layers, experts, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(num_slots + 1, len(Phase), layers, experts, dtype=torch.int64, device=device)
         self.weight = torch.zeros(num_slots + 1, layers, experts, dtype=torch.int64, device=device)
         self._past_tokens = torch.zeros_like(self.tokens[0])
         self._past_weight = torch.zeros_like(self.weight[0])
@@ -47,7 +45,7 @@ class ExpertCounters:
             torch.arange(ids.shape[1], device=ids.device)[None, :, None].expand_as(ids),
         )
         tokens = torch.full_like(ids, sign)
-        self.tokens[:, PHASES.index(phase)].index_put_((*where, ids), tokens, accumulate=True)
+        self.tokens[:, list(Phase).index(phase)].index_put_((*where, ids), tokens, accumulate=True)
         self.weight.index_put_((*where, ids), sign * fixed_point(weights), accumulate=True)
 
     def take(self, slot: int | None) -> Tensor:

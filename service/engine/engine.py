@@ -15,7 +15,7 @@ from service.engine.drawn import Drawn, Rows, frozen
 from service.engine.reports import Delivery, Figures, StepReport
 from service.engine.runner import Runner
 from service.engine.scheduler import DecodePlan, Plan, PrefillPlan, Scheduler
-from service.engine.sequence import BY_ITSELF, DrawnToken, Ended, Event, FinishReason, Phase, Sequence
+from service.engine.sequence import TELLS_ALL, DrawnToken, Event, FinishReason, Phase, Sequence
 from service.engine.stopping import release
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ Every burst wakes every stream once, which at 64 streams costs a quarter of what
 """
 BURST_WHILE_OTHERS_WAIT_S = 0.002
 """The same while prompts are unread: a tenth of the time that they are given."""
-TELLS_ALL = BY_ITSELF | {FinishReason.TIMEOUT}
 
 
 class Engine:
@@ -179,12 +178,12 @@ class Engine:
 
     def _deliver(self, plan: Plan, drawn: Drawn) -> None:
         """Enter what was drawn into its sequences. Who ends within a burst has nothing of the rest of it."""
-        rows = Rows.of(drawn, plan.sequences)
+        rows = Rows(drawn, plan.sequences)
         for row, sequence in enumerate(plan.sequences):
             events: list[Event] = []
             reason: FinishReason | None = None
             step = 0
-            while step < rows.num_steps and not reason:
+            while step < len(rows.token_ids) and not reason:
                 reason = FinishReason.NON_FINITE
                 if rows.is_finite[step][row]:
                     reason = self._draw(sequence, rows.token(step, row, sequence), events)
@@ -230,16 +229,7 @@ class Engine:
         now = self._clock()
         counts = self._settle(sequence)
         self._scheduler.release(sequence)
-        ended = Ended(
-            reason=reason,
-            prompt_tokens=len(sequence.prompt_ids),
-            generated_tokens=len(sequence.token_ids),
-            routed_tokens=sequence.num_fed,
-            expert_counts=frozen(counts),
-            queue_s=(now if sequence.admitted_at is None else sequence.admitted_at) - sequence.created_at,
-            ttft_s=None if sequence.first_token_at is None else sequence.first_token_at - sequence.created_at,
-            total_s=now - sequence.created_at,
-        )
+        ended = sequence.ended(reason, now, sequence.num_fed, frozen(counts))
         # Cut off, it may go on elsewhere: what may begin a stop string is then told there, or is not.
         return (*sequence.held, ended) if reason in TELLS_ALL else (ended,)
 

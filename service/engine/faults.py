@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import Final
+from typing import Any, Final
 
-from service.engine.batch import Batch, DecodeBatch, Layout
+from service.engine.batch import Batch, DecodeBatch
 from service.engine.drawn import Drawn
 from service.engine.native.runner import NativeRunner
 from service.engine.runner import TorchRunner
@@ -26,28 +26,16 @@ class FaultyRunner:
         self._inner = inner
         self._faults = {int(step): kind for kind, _, step in (each.partition(":") for each in fault.split(","))}
         self._step = 0
-        self.name, self.build = inner.name, inner.build
         self.most_steps = 1  # or a step would be hidden in the middle of others
-        self.most_prompt_tokens = inner.most_prompt_tokens
 
-    @property
-    def layout(self) -> Layout:
-        return self._inner.layout
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
     def run(self, batch: Batch, steps: int) -> Drawn | None:
         if isinstance(batch, DecodeBatch):
             self._step += 1
             self._happen(self._faults.get(self._step), batch)
         return self._inner.run(batch, steps)
-
-    def clear(self, slot: int) -> None:
-        self._inner.clear(slot)
-
-    def rebuild(self) -> None:
-        self._inner.rebuild()
-
-    def pad_rows_to(self, multiple: int) -> None:
-        self._inner.pad_rows_to(multiple)
 
     def _happen(self, fault: str | None, batch: DecodeBatch) -> None:
         if fault == "raise":

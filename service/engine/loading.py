@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from service.engine.processor import cpu_model
 from service.engine.sequence import FinishReason, SamplingParams, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from service.engine.counters import ExpertCounters
     from service.engine.engine import Engine
     from service.engine.native.runner import NativeRunner
-    from service.engine.runner import TorchRunner
+    from service.engine.runner import Runner, TorchRunner
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,6 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
     import torch
 
     from model import checkpoint
-    from model.kv_cache import KVCache
     from service.engine.counters import ExpertCounters
     from service.engine.engine import Engine
     from service.engine.faults import FaultyRunner, is_fault
@@ -80,14 +79,14 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
         runner=runner.name,
         num_slots=slots,
         torch_version=str(torch.__version__),
-        cache_mib=(slots + 1) * KVCache.bytes_per_slot(loaded.config) / MIB,
         row_multiple=row_multiple,
         fingerprint=_fingerprint(loaded, options, runner, slots, row_multiple),
     )
     place = f"{device}, run by {info.runner}"
-    log.info("the model is on %s, %d threads, %d slots of %.0f MiB in all", place, info.threads, slots, info.cache_mib)
+    mib = (slots + 1) * _slot_mib(loaded.config)
+    log.info("the model is on %s, %d threads, %d slots of %.0f MiB in all", place, info.threads, slots, mib)
     if options.fault:
-        engine.runner = FaultyRunner(runner, options.fault)
+        engine.runner = cast("Runner", FaultyRunner(runner, options.fault))
     return engine, info
 
 
@@ -154,10 +153,16 @@ def _device(name: str) -> str:
     return name
 
 
-def _num_slots(options: EngineOptions, config: ModelConfig) -> int:
+def _slot_mib(config: ModelConfig) -> float:
+    """Whatever the runner: the native one takes at least as much as torch's."""
     from model.kv_cache import KVCache
+    from service.engine.native.runner import with_whole_ring
 
-    each = KVCache.bytes_per_slot(config) / MIB
+    return KVCache.bytes_per_slot(with_whole_ring(config)) / MIB
+
+
+def _num_slots(options: EngineOptions, config: ModelConfig) -> int:
+    each = _slot_mib(config)
     fitting = int(options.kv_memory_mib / each) - 1  # one more is spare, for rows of padding
     if fitting < max(1, options.slots or 1):
         raise CannotServe(

@@ -43,7 +43,7 @@ def _trace(runner: Runner, num_slots: int, vocab_size: int) -> list[list[DrawnTo
     for step in range(STEPS):
         drawn = runner.run(build_batch(DecodePlan(tuple(sequences)), runner.layout), steps=1)
         assert drawn is not None
-        rows = Rows.of(drawn, tuple(sequences))
+        rows = Rows(drawn, tuple(sequences))
         tokens = [rows.token(0, row, sequence) for row, sequence in enumerate(sequences)]
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.token_ids.append(token.token_id)
@@ -63,7 +63,7 @@ def _read(runner: Runner, sequences: list[Sequence]) -> list[DrawnToken]:
             chunks = tuple(Chunk(sequence, start, count, PREFILL_ROWS) for sequence in group)
             drawn = runner.run(build_batch(PrefillPlan(chunks), runner.layout), steps=1)
         assert drawn is not None
-        rows = Rows.of(drawn, tuple(group))
+        rows = Rows(drawn, tuple(group))
         for row, sequence in enumerate(group):
             told.append(rows.token(0, row, sequence))
             sequence.token_ids, sequence.num_fed = [told[-1].token_id], PROMPT_LENGTH

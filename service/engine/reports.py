@@ -37,7 +37,7 @@ class Figures:
     expert_counts: npt.NDArray[np.int64]
     gate_weight: npt.NDArray[np.float64]
     routed_tokens: npt.NDArray[np.int64]
-    running: int
-    queued: int
-    prompt_tokens: int
-    generated_tokens: int
+    running: int = 0
+    queued: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0

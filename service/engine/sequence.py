@@ -35,6 +35,8 @@ class FinishReason(StrEnum):
 
 BY_ITSELF = frozenset({FinishReason.STOP, FinishReason.LENGTH, FinishReason.EOS})
 """A sequence that was left alone ends for one of these."""
+TELLS_ALL = BY_ITSELF | {FinishReason.TIMEOUT}
+"""One that ends as a sequence should has told all of its text."""
 
 
 @dataclass(frozen=True)
@@ -148,3 +150,18 @@ class Sequence:
         """When its time is over; sooner while it waits for a slot."""
         is_waiting = self.admitted_at is None
         return self.created_at + (min(self.deadline_s, self.queue_deadline_s) if is_waiting else self.deadline_s)
+
+    def ended(
+        self, reason: FinishReason, now: float, routed_tokens: int, expert_counts: tuple[tuple[int, ...], ...]
+    ) -> Ended:
+        admitted_at = now if self.admitted_at is None else self.admitted_at
+        return Ended(
+            reason,
+            len(self.prompt_ids),
+            len(self.token_ids),
+            routed_tokens,
+            expert_counts,
+            queue_s=admitted_at - self.created_at,
+            ttft_s=None if self.first_token_at is None else self.first_token_at - self.created_at,
+            total_s=now - self.created_at,
+        )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from model.checkpoint import CheckpointError
 from service.engine.reports import Figures, StepReport
-from service.engine.sequence import FinishReason, Phase, Sequence
+from service.engine.sequence import FinishReason, Sequence
 
 if TYPE_CHECKING:
     from service.engine.engine import Engine
@@ -67,7 +67,6 @@ class EngineInfo:
     runner: str
     num_slots: int
     torch_version: str
-    cache_mib: float
     row_multiple: int | None
     fingerprint: str
 

@@ -75,6 +75,11 @@ def why_not(config: ModelConfig) -> str | None:
     return None
 
 
+def with_whole_ring(config: ModelConfig) -> ModelConfig:
+    """Of the cache that it makes, whose length its vectors divide; the window stays what it was."""
+    return replace(config, context_length=config.context_length + -config.context_length % RING_MULTIPLE)
+
+
 class NativeRunner:
     """Reads prompts, and decodes up to most_steps a call. Nothing is padded: bits of a row are its own in any crowd."""
 
@@ -89,10 +94,9 @@ class NativeRunner:
         if any((weight.view(torch.int32) & 0xFFFF).any() for weight in model.parameters()):
             raise NoLibrary("the weights are not bfloat16, and it has no others")
         config = model.config
-        ring = config.context_length + -config.context_length % RING_MULTIPLE
         self.layout = Layout(model.device, num_slots, config.num_layers, config.num_experts, row_multiple=1)
         self.counters = counters
-        self.cache = KVCache(replace(config, context_length=ring), num_slots + 1, model.device)
+        self.cache = KVCache(with_whole_ring(config), num_slots + 1, model.device)
         self._config, self._library = config, library
         self.build = sha256(Path(library._name).read_bytes()).hexdigest()
         self.threads = threads  # that share a call; fewer can be asked for at any time

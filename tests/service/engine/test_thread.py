@@ -17,7 +17,8 @@ from service.engine.batch import Batch, DecodeBatch, PrefillBatch
 from service.engine.counters import ExpertCounters
 from service.engine.drawn import Drawn
 from service.engine.engine import Engine
-from service.engine.loading import EngineOptions, build_engine
+from service.engine.loading import MIB, EngineOptions, build_engine
+from service.engine.native.runner import NativeRunner
 from service.engine.reports import Figures, StepReport
 from service.engine.runner import TorchRunner
 from service.engine.scheduler import Scheduler
@@ -156,6 +157,18 @@ def test_weights_that_compute_something_else_are_never_served(tmp_path: Path, li
     assert "known answer" in thread.failure
 
 
+@pytest.mark.parametrize("runner", ["torch", "auto"])
+def test_the_slots_take_no_more_memory_than_they_may(tmp_path: Path, runner: str) -> None:
+    """Of a window that no vector's length divides, for which the native runner keeps a little more."""
+    tiny_checkpoint(tmp_path / "odd", context_length=40)
+    options = EngineOptions(tmp_path / "odd", "cpu", 1, slots=None, kv_memory_mib=1, prefill_chunk=16, runner=runner)
+    engine, info = build_engine(options, lambda _: None)
+    assert isinstance(engine.runner, TorchRunner | NativeRunner)
+    held = engine.runner.cache.keys.nbytes + engine.runner.cache.values.nbytes
+    assert 0.8 * MIB < held <= MIB
+    assert 1 < info.num_slots < 64
+
+
 def test_slots_that_do_not_fit_are_refused_with_the_numbers(folder: Path, listener: Listener) -> None:
     wanted = EngineOptions(folder, "cpu", threads=1, slots=100_000, kv_memory_mib=1, prefill_chunk=16)
     thread = EngineThread(partial(build_engine, wanted), listener.publish, max_queued=2, grace_s=0.0)
@@ -186,7 +199,7 @@ def faulty_thread(
         model = tiny_model().requires_grad_(False)
         counters = ExpertCounters(model.config, 2, model.device)
         engine = Engine(FaultyRunner(model, counters, is_broken), Scheduler(2, 16), counters)
-        return engine, EngineInfo("cpu", 1, "faulty", 2, "", 0.0, 4, "")
+        return engine, EngineInfo("cpu", 1, "faulty", 2, "", 4, "")
 
     thread = EngineThread(build, listener.publish, max_queued=8, grace_s=grace_s, queue_timeout_s=queue_timeout_s)
     thread.start()
