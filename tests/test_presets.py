@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from model.checkpoint import Checkpoint
 from model.generate import generate
 from tests.checkpoints import tiny_checkpoint
 from tests.service.serving import Server
-from tests.training.processes import ROOT, VERSE
+from tests.training.processes import VERSE, train_here
 from training import config as configs
 
 # Less of everything that costs time, and nothing less of what makes a preset what it is.
@@ -39,19 +36,6 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         server.stop()
 
 
-def trained(preset: str, folder: Path) -> Path:
-    """The checkpoint after 20 steps of the command line."""
-    (folder / "verse.txt").write_text(VERSE)
-    command = [sys.executable, "-m", "training", "train", "--preset", preset, "--data", "verse.txt"]
-    flags = [*SMALL, "--steps", 20, "--evaluate-every", 20, "--warmup-steps", 2]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.run(
-        [*command, *map(str, flags)], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert process.returncode == 0, process.stderr
-    return folder / "runs" / preset / "step-20"
-
-
 def assert_streams(server: Server, loaded: Checkpoint) -> None:
     """The service streams the reference's greedy text, and counts every token once for each of its experts."""
     prompt = loaded.tokenizer.fold("The ")
@@ -67,7 +51,9 @@ def assert_streams(server: Server, loaded: Checkpoint) -> None:
 
 @pytest.mark.parametrize("preset", configs.preset_names())
 def test_a_preset_trains_saves_loads_and_streams(preset: str, tmp_path: Path, serve: Serve) -> None:
-    folder = trained(preset, tmp_path)
+    (tmp_path / "verse.txt").write_text(VERSE)
+    flags = (*SMALL, "--steps", 20, "--evaluate-every", 20, "--warmup-steps", 2)
+    folder = train_here(tmp_path / "verse.txt", preset, *flags, preset=preset)
     loaded = checkpoint.load(folder)
     assert_streams(serve(folder), loaded)
     config = configs.from_preset(preset, {}).model_config(loaded.config.vocab_size)

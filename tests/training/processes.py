@@ -1,11 +1,18 @@
-"""`python -m training` as a process, as a person starts it, alone or under torchrun."""
+"""`python -m training` as a process, as a person starts it, alone or under torchrun; and its work without it."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+
+from training import config as configs
+from training import corpora
+from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 VERSE = "The quick brown fox jumps over the lazy dog, and he sleeps on.\n" * 200
@@ -30,3 +37,11 @@ def train(text: Path, run: str, *more: object, ranks: int = 1, **environment: st
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     return output
+
+
+def train_here(text: Path, run: str, *flags: object, preset: str = "tiny") -> Path:
+    """The last checkpoint of a run, which is begun in this process: starting another takes longer than to train."""
+    parser = argparse.ArgumentParser()
+    configs.add_flags(parser)
+    config = configs.from_preset(preset, configs.flag_values(parser.parse_args([*map(str, flags)])))
+    return Trainer(config, corpora.from_file(text), text.parent / "runs" / run, torch.device("cpu")).train()

@@ -12,7 +12,7 @@ import torch
 
 from model.tokenizer import Tokenizer
 from tests.checkpoints import tiny_model
-from tests.training.processes import VERSE, train, training
+from tests.training.processes import VERSE, train_here, training
 from training import config as configs
 from training import corpora, record
 from training.baselines import bigram_loss, bits_per_character
@@ -52,8 +52,7 @@ def test_bits_per_character_count_characters_and_not_tokens() -> None:
 
 
 def test_a_run_its_card_and_its_evaluation_stand_beside_the_bigram_of_its_own_text(text: Path) -> None:
-    train(text, "beside")
-    folder = text.parent / "runs" / "beside" / "step-20"
+    folder = train_here(text, "beside")
     facts = json.loads((folder / "training.json").read_text())
     tokenizer, cut = Tokenizer.of_characters(VERSE), int(0.9 * len(VERSE))
     counted, scored = (torch.tensor(tokenizer.encode(part)) for part in (VERSE[:cut], VERSE[cut:]))
@@ -67,7 +66,7 @@ def test_a_run_its_card_and_its_evaluation_stand_beside_the_bigram_of_its_own_te
 
 
 def test_a_text_whose_training_part_cannot_be_spelled_is_scored_without_a_bigram(text: Path) -> None:
-    train(text, "foreign")
+    train_here(text, "foreign")
     (text.parent / "foreign.txt").write_text("\u00e9" + VERSE)
     process = training("evaluate", "--checkpoint", "runs/foreign/step-20", "--data", "foreign.txt", cwd=text.parent)
     output, _ = process.communicate(timeout=60)

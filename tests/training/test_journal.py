@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from tests.training.processes import train
+from tests.training.processes import train, train_here
 
 
 def test_tensorboard_shows_every_step_of_a_resumed_run_once(text: Path) -> None:
-    train(text, "board")
+    train_here(text, "board")
     run = text.parent / "runs" / "board"
     shutil.rmtree(run / "step-20")
     train(text, "board", "--resume")
@@ -26,7 +26,7 @@ def test_tensorboard_shows_every_step_of_a_resumed_run_once(text: Path) -> None:
 
 
 def test_the_lines_of_a_run_say_how_far_it_had_come(text: Path) -> None:
-    train(text, "lines")
+    train_here(text, "lines")
     lines = [json.loads(line) for line in (text.parent / "runs" / "lines" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["tokens"] for line in steps] == [8 * 32 * step for step in range(1, 21)]

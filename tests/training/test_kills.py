@@ -45,7 +45,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_bytes_of_the_unbroken_one(
     whole, broken = text.parent / "runs" / "whole" / LAST, text.parent / "runs" / "broken" / LAST
     chance = random.Random(7)
     kills = compared = 0
-    while kills < at(3, 30):
+    while kills < at(2, 30):
         if ran_until_killed(text, chance.uniform(0, 1.5)):
             kills += 1
         if broken.exists():  # it was quicker than we: compare, and break another one

@@ -22,7 +22,7 @@ import yaml
 
 from model import checkpoint
 from tests.evidence import Evidence
-from tests.training.processes import ROOT, start, train
+from tests.training.processes import ROOT, start, train, train_here
 from training import runs
 
 # Another order of summation changes a loss by a bit; a token that goes to another expert for it, or a large step along
@@ -61,7 +61,7 @@ def pid_of_rank(torchrun: subprocess.Popen[str], rank: int) -> int:
 
 def test_two_ranks_give_the_loss_of_one_and_one_resumes_what_two_began(text: Path, evidence: Evidence) -> None:
     arguments = ("--steps", 100, "--evaluate-every", 50, *GENTLE, *ALL_CHOSEN)
-    train(text, "one", *arguments)
+    train_here(text, "one", *arguments)
     output = train(text, "two", *arguments, ranks=2)
     assert output.count("serve it") == 1
     one, two = losses(text.parent / "runs" / "one"), losses(text.parent / "runs" / "two")
@@ -85,7 +85,7 @@ CHANCE = (
 def test_balance_and_chance_are_those_of_the_global_batch(text: Path, options: tuple[object, ...]) -> None:
     """By weights that make statistics of half a batch show within a few steps."""
     arguments = ("--steps", 10, *options)
-    train(text, "one", *arguments)
+    train_here(text, "one", *arguments)
     train(text, "two", *arguments, ranks=2)
     assert losses(text.parent / "runs" / "two") == pytest.approx(losses(text.parent / "runs" / "one"), abs=3e-5)
 
@@ -181,7 +181,7 @@ def test_two_machines_train_the_model_of_one_by_the_lines_of_the_file_for_skypil
 ) -> None:
     assert int(SKYPILOT["num_nodes"]) == len(machines)
     arguments = ("--steps", 20, "--evaluate-every", 20, *GENTLE, *ALL_CHOSEN)
-    train(text, "one", *arguments)
+    train_here(text, "one", *arguments)
     more = shlex.join(map(str, ("--preset", "tiny", "--data", text, "--run", "two", *arguments)))
     lines = SKYPILOT["run"].replace(".venv/bin/torchrun", f"{sys.executable} -m torch.distributed.run")
     lines, replaced = re.subn("--preset shakespeare", more.replace("\\", r"\\"), lines)

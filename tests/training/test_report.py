@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from model import checkpoint
 from model.tokenizer import Tokenizer
 from tests.checkpoints import CHARACTERS, tiny_files, tiny_model
-from tests.training.processes import ROOT, VERSE
+from tests.training.processes import ROOT, VERSE, train_here
 from training import config as configs
 from training import corpora
 from training.config import BadConfig
@@ -278,11 +278,8 @@ def training(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_report_stands_beside_its_checkpoint_and_keeps_what_is_no_longer_at_hand(tmp_path: Path) -> None:
     (tmp_path / "verse.txt").write_text(VERSE)
-    train = ("train", "--preset", "tiny", "--data", "verse.txt")
-    assert training(*train, "--run", "mine", cwd=tmp_path).returncode == 0
-    dense = ("--num-experts", 1, "--experts-per-token", 1, "--expert-size", 64)
-    assert training(*train, "--run", "dense", *dense, cwd=tmp_path).returncode == 0
-    folder = tmp_path / "runs" / "mine" / "step-20"
+    folder = train_here(tmp_path / "verse.txt", "mine")
+    train_here(tmp_path / "verse.txt", "dense", "--num-experts", 1, "--experts-per-token", 1, "--expert-size", 64)
     before = checkpoint.verify(folder)
     report = ("report", "--checkpoint", folder.relative_to(tmp_path), "--data", "verse.txt", "--windows", 4)
     whole = training(*report, "--run", "runs/mine", "--control", "runs/dense/step-20", cwd=tmp_path)
@@ -296,9 +293,9 @@ def test_a_report_stands_beside_its_checkpoint_and_keeps_what_is_no_longer_at_ha
     assert shown == {path.name for path in folder.iterdir() if path.suffix in (".png", ".gif")}
     assert len(shown) == 5
     assert "\n\n- below" not in card
-    assert training(*report, cwd=tmp_path).returncode == 0
     of_dense = tmp_path / "runs" / "dense" / "step-20"
     own = corpora.from_file(tmp_path / "verse.txt")
+    write(checkpoint.load(folder), own, folder, windows=4, run=None, control=None)
     write(checkpoint.load(of_dense), own, of_dense, windows=4, run=of_dense.parent, control=None)
     card = (of_dense / "README.md").read_text()
     assert "A dense language model" in card

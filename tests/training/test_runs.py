@@ -13,12 +13,12 @@ import torch
 from model import checkpoint
 from model.tokenizer import Tokenizer
 from tests.checkpoints import tiny_files, tiny_model
-from tests.training.processes import start, train, training
+from tests.training.processes import start, train, train_here, training
 from training import config as configs
 from training import corpora, runs
 from training.config import BadConfig
 from training.history import History
-from training.trainer import Trainer
+from training.trainer import Trainer, require_resumable
 
 
 def test_a_run_that_cannot_be_written_is_refused_before_its_text_is_read(text: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_run_has_one_trainer_at_a_time(text: Path) -> None:
         output, _ = process.communicate(timeout=60)
         assert output == "runs/mine is being trained by another process; name another run with --run\n"
         assert process.returncode == 1
-    train(text, "mine")
+    train_here(text, "mine")
     with pytest.raises(runs.NotWritable, match="trained by another process meanwhile"):
         runs.claim(run, seen=[])  # who looked before that run must not go on with what was seen
     runs.claim(run, seen=[run / "step-20", run / "step-10"]).close()
@@ -82,15 +82,15 @@ def test_a_run_of_another_version_of_the_program_is_refused_in_a_line(text: Path
 
 
 def test_a_resume_is_refused_for_another_run_and_a_damaged_step_is_passed_over(text: Path) -> None:
-    train(text, "mine")
+    train_here(text, "mine")
     run = text.parent / "runs" / "mine"
-    for other, named in (["--seed", 9], "seed"), (["--weight-decay", 0.3], "weight_decay"), ([], "20 steps already"):
-        process = training(
-            "train", "--preset", "tiny", "--data", text, "--run", "mine", "--resume", *other, cwd=text.parent
-        )
-        output, _ = process.communicate(timeout=60)
-        assert (process.returncode, len(output.splitlines())) == (1, 1)
-        assert named in output
+    for other, named in ({"seed": 9}, r"another seed;"), ({"weight_decay": 0.3}, r"another weight_decay;"):
+        with pytest.raises(BadConfig, match=named):
+            require_resumable(configs.from_preset("tiny", other), run)
+    process = start(text, "mine", "--resume")
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, len(output.splitlines())) == (1, 1)
+    assert "20 steps already" in output
     assert runs.newest(run) == run / "step-20"
     (run / "step-20" / runs.RESUME).write_bytes(b"torn")
     assert runs.newest(run) == run / "step-10"

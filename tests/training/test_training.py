@@ -11,7 +11,7 @@ import torch
 
 from model import checkpoint
 from tests.checkpoints import TINY, tiny_model
-from tests.training.processes import VERSE, train, training
+from tests.training.processes import VERSE, train, train_here, training
 from training import config as configs
 from training import corpora, runs
 from training.chance import chance_in
@@ -104,7 +104,7 @@ def test_the_loss_that_is_descended_holds_balance_and_z(text: Path) -> None:
 
 
 def test_export_keeps_what_serving_reads(text: Path) -> None:
-    train(text, "export")
+    train_here(text, "export")
     process = training("export", "runs/export/step-20", "shipped", cwd=text.parent)
     process.communicate(timeout=60)
     shipped = text.parent / "shipped"
@@ -114,7 +114,7 @@ def test_export_keeps_what_serving_reads(text: Path) -> None:
 
 
 def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(text: Path) -> None:
-    train(text, "sample")
+    train_here(text, "sample")
     arguments = ("sample", "--checkpoint", "runs/sample/step-20", "The", "--length", 60, "--seed", 3)
     first, second = (training(*arguments, cwd=text.parent).communicate(timeout=60)[0] for _ in range(2))
     assert first == second
@@ -131,12 +131,10 @@ def test_the_largest_dropout_keeps_its_share_and_a_fraction_may_be_left_out() ->
 
 
 @pytest.mark.parametrize(("kind", "unit"), [("byte", "one byte"), ("bpe", "a few letters")])
-def test_a_run_on_bytes_is_sampled_resumed_and_says_what_it_writes(text: Path, kind: str, unit: str) -> None:
+def test_a_run_on_bytes_is_sampled_and_says_what_it_writes(text: Path, kind: str, unit: str) -> None:
     text.write_text(("na\u00efve \u20ac and caf\u00e9 \u2014 " * 9 + "\n") * 60)
     flags = ("--tokenizer", kind, "--bpe-vocab-size", 270, "--evaluate-every", 10)
-    train(text, kind, *flags, "--steps", 10)
-    train(text, kind, *flags, "--steps", 12, "--resume")
-    folder = text.parent / "runs" / kind / "step-12"
+    folder = train_here(text, kind, *flags, "--steps", 10)
     loaded = checkpoint.load(folder)
     assert loaded.tokenizer.vocab_size == (256 if kind == "byte" else 270)
     assert f"writes {unit} at a time" in (folder / "README.md").read_text()
