@@ -36,7 +36,8 @@ from model.router import Routing
 from model.transformer import Transformer
 from training import config as configs
 from training.__main__ import MALLOC
-from training.optimizer import POLAR_EXPRESS, LearningRates, Optimizer, is_matrix
+from training.config import TrainingConfig
+from training.optimizer import POLAR_EXPRESS, Optimizer, is_matrix
 from training.trainer import fast_products
 
 VOCABULARY = 65  # tiny Shakespeare's
@@ -82,7 +83,7 @@ class Subject:
         for parameter in self.model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        self.optimizer = Optimizer(self.model, LearningRates())
+        self.optimizer = Optimizer(self.model, TrainingConfig())
         self.ids = torch.randint(config.vocab_size, (batch_size, config.context_length))
 
     def forward_backward(self, back_end: str = "grouped_mm") -> None:

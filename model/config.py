@@ -92,13 +92,8 @@ class ModelConfig:
         )
 
     @property
-    def is_qwen3_moe(self) -> bool:
-        """Whether Hugging Face's Qwen3-MoE computes the same function."""
-        return not self.foreign_fields
-
-    @property
     def foreign_fields(self) -> list[str]:
-        """The fields whose values Qwen3-MoE does not know."""
+        """The fields whose values Qwen3-MoE does not know; without any it computes the same function."""
         return [name for name, ordinary in _ORDINARY.items() if getattr(self, name) != ordinary]
 
     @property
@@ -140,7 +135,7 @@ class ModelConfig:
 
         Where no other tool does, the model has a type of our own, so that it is refused rather than misread.
         """
-        return {**self._qwen3_moe(), **({} if self.is_qwen3_moe else self._moescope())}
+        return {**self._qwen3_moe(), **(self._moescope() if self.foreign_fields else {})}
 
     def _moescope(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in _ORDINARY}
@@ -153,24 +148,9 @@ class ModelConfig:
         }
 
     def _qwen3_moe(self) -> dict[str, Any]:
-        return {
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "torch_dtype": "bfloat16",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.expert_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "moe_intermediate_size": self.expert_size,
-            "num_experts": self.num_experts,
-            "num_experts_per_tok": self.experts_per_token,
-            "sliding_window": self.context_length,
-            "rope_theta": self.rope_theta,
-            "rms_norm_eps": self.rms_norm_eps,
-            **_FIXED,
-        }
+        translated = {theirs: getattr(self, ours) for theirs, ours in _TRANSLATED.items()}
+        dense = {"intermediate_size": self.expert_size}  # of layers without experts, which there are none of
+        return {"architectures": ["Qwen3MoeForCausalLM"], "torch_dtype": "bfloat16", **translated, **dense, **_FIXED}
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:

@@ -6,12 +6,12 @@ Letters: n matrices of one shape, O outputs, I inputs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.transformer import Transformer
+from training.config import TrainingConfig
 from training.parallel import ALONE, Ranks
 
 # The first four steps of Polar Express (Amsel et al. 2025, arXiv 2505.16932, for a lower bound of 1e-3 on the singular
@@ -22,16 +22,6 @@ POLAR_EXPRESS = (
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
 )
-
-
-@dataclass(frozen=True)
-class LearningRates:
-    """Peak learning rates and the decoupled weight decay of the matrices."""
-
-    matrix: float = 0.02
-    embedding: float = 0.008
-    head: float = 0.004
-    weight_decay: float = 0.1
 
 
 def polar_factor(matrices: Tensor) -> Tensor:
@@ -103,21 +93,20 @@ class Optimizer:
     def __init__(
         self,
         model: Transformer,
-        rates: LearningRates,
-        clip_norm: float = 0.0,
+        config: TrainingConfig,
         own: Mapping[str, Tensor] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._clip_norm = clip_norm
+        self._clip_norm = config.clip_norm
         self._own = dict(own or {})
         self._named = dict(model.named_parameters()) | self._own
         matrices = {name: parameter for name, parameter in self._named.items() if is_matrix(name)}
-        self._muon = Muon(matrices, rates.matrix, rates.weight_decay, ranks)
+        self._muon = Muon(matrices, config.matrix_learning_rate, config.weight_decay, ranks)
         groups = [
-            {"params": [p for name, p in self._named.items() if is_chooser(name)], "lr": rates.head},
+            {"params": [p for name, p in self._named.items() if is_chooser(name)], "lr": config.head_learning_rate},
             {
                 "params": [p for name, p in self._named.items() if not is_chooser(name) and not is_matrix(name)],
-                "lr": rates.embedding,
+                "lr": config.embedding_learning_rate,
             },
         ]
         self._adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

@@ -32,7 +32,7 @@ from training.history import History, flops_per_token, lowest
 from training.initialise import initialise
 from training.journal import Journal, StepFigures
 from training.objective import objective
-from training.optimizer import LearningRates, Optimizer, schedule
+from training.optimizer import Optimizer, schedule
 from training.parallel import ALONE, Ranks
 from training.progress import Progress
 from training.report.experts import chosen_by_class
@@ -62,7 +62,7 @@ class Trainer:
         self.model = Transformer(config.model_config(self.tokenizer.vocab_size)).to(device)
         initialise(self.model, config.seed, config.init)
         self.noise = noise_weights(config, self.model.config, device)
-        self.optimizer = Optimizer(self.model, _learning_rates(config), config.clip_norm, self.noise, ranks)
+        self.optimizer = Optimizer(self.model, config, self.noise, ranks)
         self.history = History()
 
     @classmethod
@@ -298,12 +298,6 @@ def _require_same(config: TrainingConfig, facts: dict[str, Any], run: Path) -> N
 def _require_same_text(corpus: Corpus, facts: dict[str, Any], run: Path) -> None:
     if facts["corpus"]["sha256"] != corpus.digests:
         raise BadConfig(f"{run} was begun with another text; resume it with the same, or name another run with --run")
-
-
-def _learning_rates(config: TrainingConfig) -> LearningRates:
-    return LearningRates(
-        config.matrix_learning_rate, config.embedding_learning_rate, config.head_learning_rate, config.weight_decay
-    )
 
 
 @contextmanager

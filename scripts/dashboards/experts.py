@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
+from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from scripts.dashboards.panels import (
     CELLS,
+    GOOD_FROM_ONE,
     JOB,
     LAYERS,
     MATRIX_WINDOW,
@@ -19,6 +20,7 @@ from scripts.dashboards.panels import (
     matrix,
     number,
     rate,
+    row,
     states,
 )
 
@@ -27,7 +29,6 @@ BASELINE: Final = f"avg by (layer, expert) (moescope_expert_baseline_share{{{LAY
 DRIFT_ALERT: Final = 0.03  # the line of the alert RoutingDrift in deploy/prometheus/rules.yml
 
 BAD_FROM_ONE: Final[Colours] = {None: "green", 1: "red"}
-GOOD_FROM_ONE: Final[Colours] = {None: "red", 1: "green"}
 RATIO_TO_BASELINE: Final[Colours] = {None: "red", 0.05: "orange", 0.5: "green", 2: "orange", 3: "red"}
 
 ENOUGH: Final = f"on (layer) max by (layer) (moescope:expert_mean_tokens:increase5m{{{LAYERS}}}) >= 250"
@@ -74,17 +75,16 @@ def experts() -> Dashboard:
 
 
 def experts_now(page: Dashboard) -> None:
-    page.with_row(Row("Now"))
-    page.with_panel(
+    row(
+        page,
+        "Now",
         number(
             "Idle experts",
             "Experts that got no token in the window, over all layers; a trained model under traffic has none.",
             f"sum({IDLE})",
             colours=BAD_FROM_ONE,
             width=5,
-        )
-    )
-    page.with_panel(
+        ),
         number(
             "Drift, worst layer",
             "How far the routing is from that on validation text: 0 is the same, 1 shares no expert; high means that "
@@ -93,9 +93,7 @@ def experts_now(page: Dashboard) -> None:
             unit="none",
             colours={None: "green", DRIFT_ALERT: "red"},
             width=5,
-        )
-    )
-    page.with_panel(
+        ),
         number(
             "Load of the hottest, worst layer",
             "The busiest expert's load as a multiple of its layer's mean: 1 is perfectly even, the number of experts "
@@ -104,9 +102,7 @@ def experts_now(page: Dashboard) -> None:
             unit="none",
             colours={None: "green", 2: "orange", 3: "red"},
             width=5,
-        )
-    )
-    page.with_panel(
+        ),
         number(
             "Evenness, worst layer",
             "Entropy of the load over its maximum: 100 % is perfectly even, 0 % is one expert that does everything.",
@@ -114,29 +110,26 @@ def experts_now(page: Dashboard) -> None:
             unit="percentunit",
             colours={None: "red", 0.7: "orange", 0.9: "green"},
             width=5,
-        )
-    )
-    page.with_panel(
+        ),
         number(
             "Routed",
             "Tokens routed per second in one layer; every layer sees each of them.",
             f"max({rate('moescope_routed_tokens_total', 'layer', LAYERS)})",
             unit="tokens/s",
-        )
+        ),
     )
 
 
 def experts_who_does_the_work(page: Dashboard) -> None:
-    page.with_row(Row("Who does the work"))
-    page.with_panel(
+    row(
+        page,
+        "Who does the work",
         matrix(
             "Share",
             "Each expert's share of its layer's work in the last five minutes: a row adds up to 100 %, red is busy, "
             "blue is not.",
             SHARE,
-        )
-    )
-    page.with_panel(
+        ),
         matrix(
             "Share against baseline",
             "The share as a multiple of that on validation text: 1 is as trained, near 0 is dead, 3 is hot.",
@@ -144,18 +137,14 @@ def experts_who_does_the_work(page: Dashboard) -> None:
             unit="none",
             decimals=2,
             colours=RATIO_TO_BASELINE,
-        )
-    )
-    page.with_panel(
+        ),
         heat(
             "Share over time",
             "A row for each expert, named layer.expert: a row that goes dark has lost its work, one that lights up has "
             "taken over another's.",
             "{{layer}}.{{expert}}",
             SHARE,
-        )
-    )
-    page.with_panel(
+        ),
         states(
             "Hottest expert",
             "For each expert that was its layer's busiest, when it was and with which share; many short bars are "
@@ -163,9 +152,7 @@ def experts_who_does_the_work(page: Dashboard) -> None:
             "layer {{layer}}, expert {{expert}}",
             f"topk by (layer) (1, {SHARE})",
             unit="percentunit",
-        )
-    )
-    page.with_panel(
+        ),
         matrix(
             "Idle map",
             "Tokens each expert worked on in the last five minutes; red had none, and all red is no traffic at all.",
@@ -174,15 +161,18 @@ def experts_who_does_the_work(page: Dashboard) -> None:
             decimals=0,
             colours=GOOD_FROM_ONE,
             zero_is="idle",
-        )
+        ),
     )
 
 
 def experts_how_even_layer_by_layer(page: Dashboard) -> None:
-    page.with_row(Row("How even, layer by layer"))
-    for query, (title, reading) in EVENNESS.items():
-        page.with_panel(lines(title, reading, {"layer {{layer}}": query}, unit="none", width=8))
-    page.with_panel(
+    row(
+        page,
+        "How even, layer by layer",
+        *(
+            lines(title, reading, {"layer {{layer}}": query}, unit="none", width=8)
+            for query, (title, reading) in EVENNESS.items()
+        ),
         lines(
             "Jain index",
             "1 is even load; 1 divided by the number of experts is one expert that does everything.",
@@ -190,9 +180,7 @@ def experts_how_even_layer_by_layer(page: Dashboard) -> None:
             unit="none",
             width=8,
             most=1,
-        )
-    )
-    page.with_panel(
+        ),
         lines(
             "Drift",
             "Distance of the window's routing from the baseline: above the dashed line the alert RoutingDrift fires.",
@@ -200,9 +188,7 @@ def experts_how_even_layer_by_layer(page: Dashboard) -> None:
             unit="none",
             width=8,
             colours={None: "transparent", DRIFT_ALERT: "red"},
-        )
-    )
-    page.with_panel(
+        ),
         lines(
             "Farthest from baseline",
             "The largest difference between an expert's share and its baseline, in each layer: who is meant, the "
@@ -210,13 +196,14 @@ def experts_how_even_layer_by_layer(page: Dashboard) -> None:
             {"layer {{layer}}": f"max by (layer) (abs({SHARE} - {BASELINE}))"},
             unit="percentunit",
             width=8,
-        )
+        ),
     )
 
 
 def experts_reading_and_writing(page: Dashboard) -> None:
-    page.with_row(Row("Reading and writing"))
-    page.with_panel(
+    row(
+        page,
+        "Reading and writing",
         lines(
             "Prefill against decode",
             "Tokens routed per second and layer while prompts are read (prefill) and while text is drawn (decode).",
@@ -224,9 +211,7 @@ def experts_reading_and_writing(page: Dashboard) -> None:
             unit="tokens/s",
             stacked=True,
             width=8,
-        )
-    )
-    page.with_panel(
+        ),
         matrix(
             "Writers and readers",
             "Share while drawing minus share while reading: orange experts write more than they read, blue ones read "
@@ -234,16 +219,14 @@ def experts_reading_and_writing(page: Dashboard) -> None:
             f"{share_in('decode')} - {share_in('prefill')}",
             colours={None: "blue", -0.02: "transparent", 0.02: "orange"},
             width=8,
-        )
-    )
-    page.with_panel(
+        ),
         matrix(
             "Weight",
             "The mean weight of an expert's answers: 50 % is an equal say of two, more means that the router is sure "
             "of it.",
             f"{per_expert('moescope_expert_gate_weight_total')} / {per_expert('moescope_expert_tokens_total')}",
             width=8,
-        )
+        ),
     )
 
 

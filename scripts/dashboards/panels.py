@@ -12,8 +12,10 @@ from grafana_foundation_sdk.builders.dashboard import (
     DatasourceVariable,
     FieldColor,
     QueryVariable,
+    Row,
     ThresholdsConfig,
 )
+from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import common as options
 from grafana_foundation_sdk.models import dashboard as grafana
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
@@ -29,6 +31,7 @@ TAG: Final = "moescope"
 
 Colours = Mapping[float | None, str]
 """From which value on which colour; None is everything below the first value."""
+GOOD_FROM_ONE: Final[Colours] = {None: "red", 1: "green"}
 
 
 def dashboard(uid: str, title: str, description: str) -> Dashboard:
@@ -46,6 +49,12 @@ def dashboard(uid: str, title: str, description: str) -> Dashboard:
         .with_variable(DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
         .with_variable(choice("job", "Job", "label_values(moescope_ready, job)", several=False))
     )
+
+
+def row(page: Dashboard, title: str, *panels: Builder[grafana.Panel]) -> None:
+    page.with_row(Row(title))
+    for panel in panels:
+        page.with_panel(panel)
 
 
 def choice(name: str, label: str, query: str, *, several: bool = True) -> QueryVariable:

@@ -11,13 +11,14 @@ import torch
 
 from model.transformer import Transformer
 from tests.checkpoints import tiny_model
-from training.optimizer import LearningRates, Muon, Optimizer, polar_factor, schedule
+from training.config import TrainingConfig
+from training.optimizer import Muon, Optimizer, polar_factor, schedule
 from training.trainer import fast_products
 
 
 def test_an_optimizer_that_is_restored_goes_on_where_its_model_is(device: torch.device) -> None:
     def stepped(model: Transformer, number: int, state: dict[str, torch.Tensor] | None = None) -> Optimizer:
-        optimizer = Optimizer(model, LearningRates())
+        optimizer = Optimizer(model, TrainingConfig())
         if state is not None:
             optimizer.restore(state)
         for parameter in model.parameters():
@@ -40,7 +41,7 @@ def test_a_clipped_step_sees_gradients_of_the_norm_that_was_asked_for() -> None:
     model = tiny_model()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer = Optimizer(model, LearningRates(), clip_norm=0.5)
+    optimizer = Optimizer(model, TrainingConfig(clip_norm=0.5))
     optimizer.step(0, factor=0.0)
     state = optimizer.state()
     seen = [tensor / 0.1 for name, tensor in state.items() if name.startswith("adamw.exp_avg.")]
