@@ -10,7 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.checkpoint import CheckpointError
 from model.machine import cpu_quota, usable_cpus
+from model.tokenizer import UnknownCharacters
+from training import Refused
 from training import config as configs
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ def main() -> int:
         return int(arguments.command(arguments) or 0)
     except KeyboardInterrupt:
         return 130
-    except _expected_errors() as error:
+    except (OSError, Refused, CheckpointError, UnknownCharacters) as error:
         if _speaks_of(error):
             print(f"{error}", file=sys.stderr)
         return 1
@@ -193,7 +196,6 @@ def _bigram(tokenizer: Tokenizer, corpus: Corpus, validation_ids: torch.Tensor) 
     """What pairs counted in the training text reach, if the tokenizer spells it: only its other part is scored."""
     import torch
 
-    from model.tokenizer import UnknownCharacters
     from training.baselines import bigram_loss
 
     try:
@@ -356,26 +358,6 @@ def _rank_device(name: str, ranks: Ranks) -> torch.device:
 def _with_patient_malloc() -> None:
     if not MALLOC.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, "-m", "training", *sys.argv[1:]], {**os.environ, **MALLOC})
-
-
-# What ends a command with its own words on one line. Nothing is imported to look for them: a refusal at once should not
-# cost an import of torch, and a module that is not there cannot have raised anything.
-EXPECTED = {
-    "model.checkpoint": ("CheckpointError",),
-    "model.tokenizer": ("UnknownCharacters",),
-    "training.config": ("BadConfig",),
-    "training.corpora": ("CorpusUnavailable",),
-    "training.evaluate": ("TooShort",),
-    "training.gguf_export": ("NoCounterpart",),
-    "training.parallel": ("FirstFailed", "RankLost"),
-    "training.runs": ("NothingToResume", "NotWritable"),
-    "training.trainer": ("Diverged",),
-}
-
-
-def _expected_errors() -> tuple[type[Exception], ...]:
-    found = [(sys.modules[module], names) for module, names in EXPECTED.items() if module in sys.modules]
-    return (OSError, *(getattr(module, name) for module, names in found for name in names))
 
 
 def _speaks_of(error: Exception) -> bool:

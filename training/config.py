@@ -10,6 +10,7 @@ from typing import Any
 
 from model.config import CHOICES as SHAPE_CHOICES
 from model.config import MAX_SIZE, ModelConfig, UnsupportedConfig
+from training import Refused
 from training.corpora import NAMES
 
 PRESETS = Path(__file__).parent / "presets"
@@ -68,7 +69,7 @@ MOST_DROPOUT = 1 - 2.0**-16
 SHAPE_FIELDS = tuple(f.name for f in fields(ModelConfig) if f.name != "vocab_size")
 
 
-class BadConfig(ValueError):
+class BadConfig(Refused):
     """A preset or a flag asks for something that cannot be. One sentence."""
 
 

@@ -16,6 +16,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from training import Refused
+
 DATA = Path("data")
 TRAIN_SHARE = 0.9
 ITEMS_SEED = 1
@@ -64,7 +66,7 @@ EXTENDED_SHA256 = "396d0c6ceeee96da2b67f2c43c3df11f67444077048f0caf2eb06425c075c
 NAMES = ("shakespeare", "tinyshakespeare")
 
 
-class CorpusUnavailable(Exception):
+class CorpusUnavailable(Refused):
     """A corpus cannot be had. One sentence that says what to do."""
 
 

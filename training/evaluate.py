@@ -14,11 +14,12 @@ from torch import Tensor
 from model.kv_cache import KVCache
 from model.routing import expert_counts, load_entropy_ratio, max_load_ratio
 from model.transformer import Transformer
+from training import Refused
 
 WINDOWS_AT_ONCE = 24
 
 
-class TooShort(ValueError):
+class TooShort(Refused):
     """A text does not fill one window. One sentence."""
 
 

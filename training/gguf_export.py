@@ -24,6 +24,7 @@ from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.tokenizer import BYTE_LETTERS, Tokenizer
 from model.transformer import Transformer
+from training import Refused
 
 ARCHITECTURE = "qwen3moe"
 END = "<|endoftext|>"
@@ -40,7 +41,7 @@ _KINDS: dict[DType, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
 }
 
 
-class NoCounterpart(Exception):
+class NoCounterpart(Refused):
     """llama.cpp computes nothing like this model. One sentence that names the field in the way."""
 
 

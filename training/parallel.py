@@ -17,13 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.router import Routing
+from training import Refused
 
 
-class RankLost(Exception):
+class RankLost(Refused):
     """Another rank has died, so this one cannot go on. One sentence."""
 
 
-class FirstFailed(Exception):
+class FirstFailed(Refused):
     """The first rank could not do what the others waited for, and says so itself."""
 
 

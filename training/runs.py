@@ -18,6 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from model import checkpoint
+from training import Refused
 
 KEPT = 2
 RESUME = "resume.safetensors"
@@ -26,11 +27,11 @@ RESUME = "resume.safetensors"
 _NAME = re.compile(r"step-(\d+)")
 
 
-class NothingToResume(Exception):
+class NothingToResume(Refused):
     """A run has no checkpoint that verifies. One sentence."""
 
 
-class NotWritable(Exception):
+class NotWritable(Refused):
     """A run's folder cannot be made or written to. One sentence."""
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from model import checkpoint
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from training import record, runs
+from training import Refused, record, runs
 from training.baselines import bigram_loss, bits_per_character
 from training.chance import chance_in, noise_weights
 from training.config import BadConfig, TrainingConfig
@@ -244,7 +244,7 @@ class _Watchers:
             self._journal.evaluation(point, figures, result, sample)
 
 
-class Diverged(Exception):
+class Diverged(Refused):
     """The loss is not a number any more. One sentence; what was saved before is still there."""
 
 
