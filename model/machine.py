@@ -16,9 +16,13 @@ ROOT = Path("/")
 def usable_cpus(root: Path = ROOT) -> int:
     """At least 1. A quota of 2.5 CPUs counts as 2: a thread that is throttled holds up all the others."""
     quota = cpu_quota(root)
+    return visible_cpus() if quota is None else max(1, min(visible_cpus(), int(quota)))
+
+
+def visible_cpus() -> int:
+    """Whatever a quota says."""
     # macOS knows no affinity.
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return affinity if quota is None else max(1, min(affinity, int(quota)))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
@@ -43,7 +47,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
             continue
         group = PurePosixPath(path)
         for name in (*group.relative_to("/").parents, group.relative_to("/")):
-            for mount in (controllers, controller, "unified", "."):
+            for mount in (controllers, controller) if controllers else ("unified", "."):
                 yield root / "sys/fs/cgroup" / mount / name
 
 
@@ -58,6 +62,6 @@ def _quota_of(folder: Path) -> float | None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return ""

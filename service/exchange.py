@@ -109,7 +109,9 @@ class Exchange:
     def end_all(self) -> None:
         """End every open stream as failed, for an engine that does so no more. On the event loop."""
         now = time.monotonic()
-        lost = [(each, (each.ended(FinishReason.INTERNAL, now, 0, ()),)) for each in self._streams]  # nobody counts now
+        lost = [
+            (each, (each.end_record(FinishReason.INTERNAL, now, 0, ()),)) for each in self._streams
+        ]  # nobody counts now
         self._deliver(StepReport(tuple(lost)), now)
 
     def nudge(self) -> None:

@@ -200,7 +200,7 @@ class EngineCollector(Collector):
         yield CounterMetricFamily("moescope_generated_tokens", "Tokens drawn", value=figures.generated_tokens)
         yield GaugeMetricFamily("moescope_requests_running", "Requests that have a slot", value=figures.running)
         yield GaugeMetricFamily("moescope_requests_queued", "Requests that wait for a slot", value=figures.queued)
-        age = time.monotonic() - figures.taken_at
+        age = 0.0 if figures is self._window.start else time.monotonic() - figures.taken_at
         yield GaugeMetricFamily("moescope_figures_age_seconds", "How old the engine's figures are", value=age)
 
     def _about_the_build(self) -> Iterator[Metric]:

@@ -74,8 +74,10 @@ class Server(uvicorn.Server):
 
     def end_at_once(self, code: int) -> NoReturn:
         """Past Python's own way out, which waits for the engine's thread, or crashes under it, and calls atexit's."""
-        self._withdraw()
-        os._exit(code)
+        try:
+            self._withdraw()
+        finally:  # whatever the file system says to that
+            os._exit(code)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.checkpoint import CheckpointError
-from model.machine import cpu_quota, usable_cpus
+from model.machine import usable_cpus, visible_cpus
 from model.tokenizer import UnknownCharacters
 from training import Refused
 from training import config as configs
@@ -34,7 +34,7 @@ MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MA
 
 def main() -> int:
     arguments = _parser().parse_args()
-    if cpu_quota() is not None:  # torch starts a thread for every CPU that it sees, and in a container sees all
+    if usable_cpus() < visible_cpus():  # torch knows nothing of quotas
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
     try:
         return int(arguments.command(arguments) or 0)

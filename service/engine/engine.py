@@ -46,7 +46,7 @@ class Engine:
         self._clock = clock
         self._fed = dict.fromkeys(Phase, 0)
         self._generated = 0
-        self.phase: Phase | None = None  # of the newest step, whatever became of it
+        self.last_phase: Phase | None = None  # of the newest step, whatever became of it
         self._num_rows = 1  # of the step that last took step_s
         self._step_s = BURST_S
         self._news: list[Delivery] = []  # not told yet: no end is lost when what comes after it raises
@@ -87,7 +87,7 @@ class Engine:
         plan = self._scheduler.schedule(started, self.runner.most_prompt_tokens)
         if plan is None:
             return StepReport(())
-        self.phase = plan.phase
+        self.last_phase = plan.phase
         steps = 1 if isinstance(plan, PrefillPlan) else self._burst(plan)
         drawn = self.runner.run(build_batch(plan, self.runner.layout), steps)
         if isinstance(plan, PrefillPlan):
@@ -156,7 +156,7 @@ class Engine:
     def figures(self) -> Figures:
         tokens, weight = self._counters.totals()
         layers = tokens.shape[1]
-        routed = [[self._fed[phase]] * layers for phase in (Phase.PREFILL, Phase.DECODE)]
+        routed = [[self._fed[phase]] * layers for phase in Phase]
         return Figures(
             taken_at=self._clock(),
             expert_counts=tokens.cpu().numpy(),
@@ -229,7 +229,7 @@ class Engine:
         now = self._clock()
         counts = self._settle(sequence)
         self._scheduler.release(sequence)
-        ended = sequence.ended(reason, now, sequence.num_fed, frozen(counts))
+        ended = sequence.end_record(reason, now, sequence.num_fed, frozen(counts))
         # Cut off, it may go on elsewhere: what may begin a stop string is then told there, or is not.
         return (*sequence.held, ended) if reason in TELLS_ALL else (ended,)
 

@@ -166,7 +166,7 @@ def _num_slots(options: EngineOptions, config: ModelConfig) -> int:
     fitting = int(options.kv_memory_mib / each) - 1  # one more is spare, for rows of padding
     if fitting < max(1, options.slots or 1):
         raise CannotServe(
-            f"--slots is {options.slots or 1}; each slot takes {each:.1f} MiB with this checkpoint, so at most "
+            f"--slots is {options.slots or 1}; each slot takes up to {each:.1f} MiB with this checkpoint, so at most "
             f"{max(0, fitting)} fit in the {options.kv_memory_mib:,} MiB of --kv-memory-mib"
         )
     return options.slots or min(DEFAULT_SLOTS, fitting)

@@ -151,16 +151,17 @@ class Sequence:
         is_waiting = self.admitted_at is None
         return self.created_at + (min(self.deadline_s, self.queue_deadline_s) if is_waiting else self.deadline_s)
 
-    def ended(
+    def end_record(
         self, reason: FinishReason, now: float, routed_tokens: int, expert_counts: tuple[tuple[int, ...], ...]
     ) -> Ended:
+        """What is told of it last. Ends nothing."""
         admitted_at = now if self.admitted_at is None else self.admitted_at
         return Ended(
-            reason,
-            len(self.prompt_ids),
-            len(self.token_ids),
-            routed_tokens,
-            expert_counts,
+            reason=reason,
+            prompt_tokens=len(self.prompt_ids),
+            generated_tokens=len(self.token_ids),
+            routed_tokens=routed_tokens,
+            expert_counts=expert_counts,
             queue_s=admitted_at - self.created_at,
             ttft_s=None if self.first_token_at is None else self.first_token_at - self.created_at,
             total_s=now - self.created_at,

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from model.checkpoint import CheckpointError
 from service.engine.reports import Figures, StepReport
-from service.engine.sequence import FinishReason, Sequence
+from service.engine.sequence import FinishReason, Phase, Sequence
 
 if TYPE_CHECKING:
     from service.engine.engine import Engine
@@ -204,22 +204,21 @@ class EngineThread:
             self._answer(asked)
 
     def _serve(self, engine: Engine) -> None:
-        raised, raised_in = 0, None
+        raised: Counter[Phase | None] = Counter()
         while not self._read_mail(engine):
             try:
                 self._deliver(StepReport(engine.expire()))
                 report = engine.step()
                 self._deliver(report)
             except Exception:
-                raised, raised_in = raised + 1, engine.phase
+                raised[engine.last_phase] += 1
                 log.exception("a step raised; its sequences end")
                 self._deliver(StepReport(engine.end_running(FinishReason.INTERNAL)))
                 engine.rebuild()
-                if raised == RAISING_STEPS_BEFORE_FAILURE:
+                if raised[engine.last_phase] == RAISING_STEPS_BEFORE_FAILURE:
                     raise
             else:
-                # Not any good step: where only decoding is broken, prompts are still read.
-                raised = 0 if report.phase is raised_in else raised
+                raised[report.phase] = 0  # where only decoding is broken, prompts are still read
 
     def _read_mail(self, engine: Engine) -> bool:
         """Sleep until there is something to do and take in what has arrived. True when drained: all have ended."""

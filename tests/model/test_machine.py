@@ -73,3 +73,21 @@ def test_without_a_limit_memory_is_the_machine_s(tmp_path: Path) -> None:
     assert machine > 2**30
     unlimited = {"proc/self/cgroup": "5:memory:/\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{2**63 - 4096}\n"}
     assert usable_memory(write(tmp_path / "1", unlimited)) == machine
+
+
+def test_a_group_is_looked_up_in_the_hierarchy_that_it_is_of(tmp_path: Path) -> None:
+    """Where both generations are mounted, /user is a group of each; and in a namespace the way may lead out of it."""
+    both = {
+        "proc/self/cgroup": "5:memory:/big\n0::/user\n",
+        "sys/fs/cgroup/memory/big/memory.limit_in_bytes": "3000000\n",
+        "sys/fs/cgroup/memory/user/memory.limit_in_bytes": "1000000\n",
+    }
+    assert usable_memory(write(tmp_path / "both", both)) == 3_000_000
+    outside = {"proc/self/cgroup": "0::/../..\n", "sys/fs/cgroup/memory.max": "2000000\n"}
+    assert usable_memory(write(tmp_path / "outside", outside)) == 2_000_000
+
+
+def test_a_name_in_another_encoding_is_no_failure(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/self/cgroup": ""})
+    (tmp_path / "proc/self/cgroup").write_bytes(b"0::/\xff\n")
+    assert cpu_quota(tmp_path) is None

@@ -121,6 +121,7 @@ def test_it_answers_while_it_loads_and_ctrl_c_then_ends_it_without_an_error(star
     assert server.client.get("/livez").status_code == 200
     assert server.client.get("/info").json()["device"] is None
     assert server.metrics().total("ready") == 0
+    assert server.metrics().total("figures_age_seconds") == 0
     refused = server.generate()
     assert (refused.status_code, refused.json()["error"]["type"]) == (503, "unavailable")
     assert server.metrics().total("requests_total", outcome="rejected_unready") == 1

@@ -41,7 +41,9 @@ def test_it_goes_however_the_process_ends(
     server = start_server("--targets", folder, "--grace-s", 1000).wait_until_it_listens()
     wait_until(lambda: server.client.get("/livez").status_code == 200)
     assert len(targets(folder)) == 1
-    if when != "it loads":
+    if when == "it loads":
+        assert server.client.get("/readyz").status_code == 503
+    else:
         reader = server.wait_until_ready().send(max_new_tokens=FOR_EVER)
     if when == "it is told twice":
         server.wait_for(requests_running=1)

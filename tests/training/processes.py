@@ -39,9 +39,10 @@ def train(text: Path, run: str, *more: object, ranks: int = 1, **environment: st
     return output
 
 
-def train_here(text: Path, run: str, *flags: object, preset: str = "tiny") -> Path:
-    """The last checkpoint of a run, which is begun in this process: starting another takes longer than to train."""
+def train_here(text: Path, run: str, *flags: object, preset: str = "tiny", resume: bool = False) -> Path:
+    """The last checkpoint of a run, which is trained in this process: to start another takes longer."""
     parser = argparse.ArgumentParser()
     configs.add_flags(parser)
     config = configs.from_preset(preset, configs.flag_values(parser.parse_args([*map(str, flags)])))
-    return Trainer(config, corpora.from_file(text), text.parent / "runs" / run, torch.device("cpu")).train()
+    start = Trainer.resume if resume else Trainer
+    return start(config, corpora.from_file(text), text.parent / "runs" / run, torch.device("cpu")).train()

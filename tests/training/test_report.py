@@ -217,6 +217,8 @@ def test_an_animation_has_a_frame_for_each_look_or_some_of_many_and_the_last(mon
     for num_looks, num_frames in ((3, 3), (9, 4)):  # the first, the fourth, the seventh and the last
         film = Image.open(io.BytesIO(pictures.specialisation(looks[:num_looks])))
         assert film.n_frames == num_frames  # type: ignore[attr-defined]
+    shipped = ROOT / "checkpoints" / "shakespeare" / "specialisation.gif"
+    assert shipped.stat().st_size < 500_000, "every clone takes it along"
 
 
 def test_a_text_of_one_character_has_a_report_and_a_damaged_one_is_not_written_over(tmp_path: Path) -> None:

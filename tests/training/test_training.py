@@ -131,10 +131,11 @@ def test_the_largest_dropout_keeps_its_share_and_a_fraction_may_be_left_out() ->
 
 
 @pytest.mark.parametrize(("kind", "unit"), [("byte", "one byte"), ("bpe", "a few letters")])
-def test_a_run_on_bytes_is_sampled_and_says_what_it_writes(text: Path, kind: str, unit: str) -> None:
+def test_a_run_on_bytes_is_sampled_resumed_and_says_what_it_writes(text: Path, kind: str, unit: str) -> None:
     text.write_text(("na\u00efve \u20ac and caf\u00e9 \u2014 " * 9 + "\n") * 60)
     flags = ("--tokenizer", kind, "--bpe-vocab-size", 270, "--evaluate-every", 10)
-    folder = train_here(text, kind, *flags, "--steps", 10)
+    train_here(text, kind, *flags, "--steps", 10)
+    folder = train_here(text, kind, *flags, "--steps", 12, resume=True)
     loaded = checkpoint.load(folder)
     assert loaded.tokenizer.vocab_size == (256 if kind == "byte" else 270)
     assert f"writes {unit} at a time" in (folder / "README.md").read_text()
