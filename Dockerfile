@@ -32,6 +32,8 @@ COPY service service
 COPY --from=native /app/service/engine/native/built service/engine/native/built
 COPY model model
 COPY checkpoints checkpoints
+# Whoever cloned this may keep files from others, and the user below is one.
+RUN find . ! -perm -o=r -exec chmod a+rX {} +
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MOESCOPE_HOST=0.0.0.0 MOESCOPE_PORT=8000
 USER 10001
 EXPOSE 8000

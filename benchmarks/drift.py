@@ -29,7 +29,8 @@ from model.machine import usable_cpus
 from model.routing import expert_counts
 from model.transformer import Transformer
 from service.expert_window import LEAST_TOKENS, Floats, divergence
-from training import corpora, sample
+from training import Refused, corpora, sample
+from training.record import require_text_of
 
 CHUNK = 250  # so that the least tokens of a window are a whole number of them
 Figures = dict[str, Any]
@@ -38,6 +39,7 @@ Figures = dict[str, Any]
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drift", description="Routing drift of known texts.")
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="what it was trained on, if that was a file")
     parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
     parser.add_argument("--windows", type=int, nargs="+", default=[LEAST_TOKENS, 4_000, 16_000], metavar="TOKENS")
     parser.add_argument("--tokens", type=int, default=48_000, metavar="N", help="of the validation text")
@@ -52,8 +54,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def texts(loaded: Checkpoint, arguments: argparse.Namespace) -> dict[str, Tensor]:
     """Ids by the name of the text."""
-    validation = corpora.load(loaded.training["corpus"]["name"]).validation
-    ids = loaded.tokenizer.encode(validation)
+    name = loaded.training["corpus"]["name"]
+    corpus = corpora.from_file(arguments.data) if arguments.data else corpora.load(name)
+    require_text_of(loaded, corpus)  # the baseline is of that
+    ids = loaded.tokenizer.encode(corpus.validation)
     drawn = sample.stream(
         loaded.model, ids[: loaded.config.context_length], arguments.own, temperature=0.8, top_k=0, top_p=1.0, seed=1
     )
@@ -113,7 +117,11 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     loaded = checkpoint.load(arguments.checkpoint)
     baseline = np.array(loaded.training["routing_baseline"])
-    read = {name: counts_by_chunk(loaded.model, ids) for name, ids in texts(loaded, arguments).items()}
+    try:
+        read = {name: counts_by_chunk(loaded.model, ids) for name, ids in texts(loaded, arguments).items()}
+    except Refused as reason:
+        print(f"benchmarks.drift: {reason}", file=sys.stderr)
+        return 1
     rows = [figures(name, counts, window, baseline) for name, counts in read.items() for window in arguments.windows]
     told = [row for row in rows if row]
     print(table(told))

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS, machine
 from model.machine import usable_cpus
-from training.config import from_preset
+from training.config import BadConfig, from_preset
 
 RECORDS = RESULTS / "quality"
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
@@ -88,9 +88,9 @@ def run(name: str, seed: int, threads: int) -> Path | None:
     """Train one row with one seed to its end; the file of its record, or None if it failed or was stopped."""
     label = f"quality-{name}-{seed}"
     folder = Path("runs") / label
-    if (trained := _finished(folder, ROWS[name])) is None:
+    if (trained := _finished(folder, ROWS[name], seed)) is None:
         _train(folder, ROWS[name], seed, threads)
-        trained = _finished(folder, ROWS[name])
+        trained = _finished(folder, ROWS[name], seed)
     if trained is None:
         print(f"{label} has not come to its end; runs/{label}.log says why", file=sys.stderr, flush=True)
         return None
@@ -108,11 +108,21 @@ def _train(folder: Path, row: Row, seed: int, threads: int) -> None:
         subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
 
 
-def _finished(folder: Path, row: Row) -> dict[str, Any] | None:
-    """The record of a run that has taken all steps of its row."""
-    steps = dict(zip(row.flags[::2], row.flags[1::2], strict=True)).get("--steps")
-    last = folder / f"step-{steps or from_preset(row.preset, {}).steps}" / "training.json"
-    return json.loads(last.read_text()) if last.exists() else None
+def recipe(row: Row, seed: int) -> dict[str, Any]:
+    """Every setting of a run, as its preset is today."""
+    names = [str(flag).removeprefix("--").replace("-", "_") for flag in row.flags[::2]]
+    return from_preset(row.preset, {**dict(zip(names, row.flags[1::2], strict=True)), "seed": seed}).as_dict()
+
+
+def _finished(folder: Path, row: Row, seed: int) -> dict[str, Any] | None:
+    """The record of a run that has taken all steps of its row, if it was one by the row's recipe."""
+    try:
+        wanted = recipe(row, seed)
+    except BadConfig:  # which training will say
+        return None
+    last = folder / f"step-{wanted['steps']}" / "training.json"
+    training = json.loads(last.read_text()) if last.exists() else None
+    return training if training and training["config"] == wanted else None
 
 
 def record_of(name: str, seed: int) -> Path:

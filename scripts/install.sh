@@ -2,10 +2,12 @@
 # Makes .venv and installs dependency groups of pyproject.toml into it: scripts/install.sh run train test
 # A second run repairs what an interrupted one left. Everything that goes wrong is one line that says what to do.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "$0")/.."
 
 venv=.venv
 log=$venv/install.log
+lock=.venv.lock # a link to nowhere, named after the process that holds it: made in one step, or not at all
 
 say() { printf '%s\n' "$*"; }
 fail() {
@@ -37,6 +39,22 @@ find_python() {
     "or name another Python: make serve PYTHON=/path/to/python3.12"
   fail "Moescope needs Python 3.11 or newer, and ${old:-${PYTHON:-python3} does not run}: install one (python.org," \
     "apt, brew), or name it: make serve PYTHON=/path/to/python3.12"
+}
+
+# Two at once would clear the environment under each other's pip.
+wait_for_our_turn() {
+  local holder said=''
+  until ln -s $$ $lock 2>/dev/null; do
+    holder=$(readlink $lock) || fail "$PWD cannot be written: give yourself the right to, or clone to another folder"
+    if kill -0 "$holder" 2>/dev/null; then
+      [[ -n $said ]] || say "Another installation is at work here (process $holder): waiting for its end."
+      said=yes
+      sleep 1
+    else
+      rm -f $lock
+    fi
+  done
+  trap 'rm -f $lock' EXIT
 }
 
 make_venv() {
@@ -91,6 +109,7 @@ explain() {
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off PIP_USER=0 PIP_RETRIES="${PIP_RETRIES:-3}"
 trap 'fail "Interrupted: the same command goes on from here."' INT TERM
+wait_for_our_turn
 if was_interrupted; then
   say "The last installation was interrupted: starting afresh."
   make_venv

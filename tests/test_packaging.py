@@ -74,10 +74,14 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def without_pip_s_settings() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "PIP_"))}
+
+
 def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "PIP_"))}
+    environment = without_pip_s_settings() | environment
     return subprocess.run(
-        ["make", *arguments], cwd=checkout, env=inherited | environment, capture_output=True, text=True, timeout=100
+        ["make", *arguments], cwd=checkout, env=environment, capture_output=True, text=True, timeout=100
     )
 
 
@@ -144,6 +148,28 @@ def test_no_network_is_told_in_one_line_and_a_second_run_can_go_on(checkout: Pat
         assert ".venv/install.log" in line
     assert "Making .venv" not in made.stdout
     assert not (checkout / ".venv/serve.stamp").exists()
+
+
+def test_a_second_installation_waits_for_the_first_while_that_lives(checkout: Path) -> None:
+    first = subprocess.Popen(["sleep", "100"])
+    (checkout / ".venv.lock").symlink_to(str(first.pid))
+    nobody_listens = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
+    second = subprocess.Popen(
+        ["bash", "scripts/install.sh", "run"],
+        cwd=checkout,
+        env=without_pip_s_settings() | {"PYTHON": sys.executable, "PIP_NO_CACHE_DIR": "1", **nobody_listens},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert second.stdout is not None
+    assert second.stdout.readline().startswith(f"Another installation is at work here (process {first.pid})")
+    first.kill()
+    first.wait()
+    output, errors = second.communicate(timeout=60)
+    assert output.startswith("Making .venv")
+    assert "The package index cannot be reached" in errors
+    assert not (checkout / ".venv.lock").is_symlink()
 
 
 def test_host_and_port_reach_the_service_only_from_the_command_line(checkout: Path) -> None:

@@ -176,9 +176,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from model import checkpoint
     from training.baselines import bits_per_character
     from training.evaluate import evaluate, stream_loss
+    from training.record import require_text_of
 
     loaded = checkpoint.load(arguments.checkpoint, _device(arguments.device))
     corpus = _corpus(arguments.data, arguments.corpus or loaded.training["corpus"]["name"], _of_items(loaded))
+    if not (arguments.data or arguments.corpus):  # a file may be called as a corpus is
+        require_text_of(loaded, corpus)
     ids = torch.tensor(loaded.tokenizer.encode(corpus.validation), device=loaded.model.device)
     result = evaluate(loaded.model, ids)
     print(f"validation loss  {result.loss:.4f} nats per token over {result.num_windows} windows")

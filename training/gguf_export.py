@@ -82,11 +82,12 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     kind = rule["model"]["type"]
     if kind == "WordLevel" and all(len(token) == 1 for token in tokenizer.tokens):
         spelled = [_spelling(token) for token in tokenizer.tokens]
-        return Vocabulary(spelled, sorted({merge for each in spelled for merge in _merges(each)}, key=len))
+        merges = {merge for each in spelled for merge in _merges(each)}
+        return Vocabulary(spelled, sorted(merges, key=lambda merge: (len(merge), merge)))  # a set has no order
     if kind == "BPE" and _is_plain_byte_level(rule):
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in rule["model"]["merges"]]
+        ranked = [merge if isinstance(merge, str) else " ".join(merge) for merge in rule["model"]["merges"]]
         ids: dict[str, int] = rule["model"]["vocab"]
-        return Vocabulary(sorted(ids, key=ids.__getitem__), merges)
+        return Vocabulary(sorted(ids, key=ids.__getitem__), ranked)
     raise NoCounterpart(
         f"tokenizer.json's model.type is {kind!r} in a form that is neither characters nor GPT-2's bytes"
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 from model.config import ModelConfig
 
-# makeMoE's best and nanoGPT's GPU configuration, both on tiny Shakespeare: a run notes when it passes them.
+# makeMoE's best and nanoGPT's GPU configuration, both on tiny Shakespeare, in nats per character: a run notes when it
+# passes them.
 MILESTONES = (1.7439, 1.4697)
 
 
@@ -24,24 +25,29 @@ def flops_per_token(config: ModelConfig) -> int:
 
 @dataclass
 class History:
-    """seconds are those of the training steps alone; best is the step of the lowest validation loss."""
+    """seconds are those of the training steps alone; best is the step of the lowest validation loss; extended is where
+    a run was resumed with another number of steps, to which its learning rates then fell."""
 
     step: int = 0
     seconds: float = 0.0
     loss_curve: list[dict[str, float]] = field(default_factory=list)
     milestones: dict[str, dict[str, float]] = field(default_factory=dict)
     best: dict[str, float] | None = None
+    extended: list[dict[str, int]] = field(default_factory=list)
 
     @classmethod
     def from_record(cls, facts: dict[str, Any]) -> History:
         best = facts.get("best") or lowest(facts["loss_curve"])
-        return cls(facts["steps"], facts["seconds"], facts["loss_curve"], facts["milestones"], best)
+        extended = facts.get("extended", [])
+        return cls(facts["steps"], facts["seconds"], facts["loss_curve"], facts["milestones"], best, extended)
 
     def as_record(self) -> dict[str, Any]:
         record = asdict(self)
         return {"steps": record.pop("step"), "seconds": round(record.pop("seconds"), 1), **record}
 
-    def remember(self, train_loss: float, validation_loss: float, tokens: int, flops: int) -> dict[str, float]:
+    def remember(
+        self, train_loss: float, validation_loss: float, tokens: int, flops: int, *, tokens_per_character: float = 1.0
+    ) -> dict[str, float]:
         """Note an evaluation at the current step; return its point of the curve."""
         point = {
             "step": self.step,
@@ -52,7 +58,7 @@ class History:
         self.best = lowest([*([self.best] if self.best else []), point])
         reached = {"step": self.step, "tokens": tokens, "seconds": round(self.seconds, 1), "flops": flops}
         for milestone in MILESTONES:
-            if validation_loss < milestone:
+            if validation_loss * tokens_per_character < milestone:
                 self.milestones.setdefault(str(milestone), reached)
         return point
 

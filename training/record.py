@@ -126,9 +126,14 @@ def training_section(config: ModelConfig, facts: dict[str, Any]) -> str:
         bits, bigram = facts["bits_per_character"], facts["bigram_loss"]
         lines.append(f"- {bits:.4f} bits per character; counts of token pairs reach {bigram:.4f} nats per token")
     lines += [
-        f"- below {milestone} nats per token by step {at['step']:,}, "
+        f"- below {milestone} nats per character by step {at['step']:,}, "
         f"after {at['tokens']:,} tokens and {at['seconds'] / 60:.1f} minutes"
         for milestone, at in facts["milestones"].items()
+    ]
+    lines += [
+        f"- resumed at step {at['step']:,} with {at['to']:,} steps to make instead of {at['from']:,}, and the learning "
+        "rates\n  of that: a run that makes them from the first ends with other weights"
+        for at in facts.get("extended", [])
     ]
     if config.num_experts > 1:
         load = facts["max_load"]

@@ -82,6 +82,8 @@ class Trainer:
         trainer.model.load_state_dict(weights)
         trainer.optimizer.restore(state)
         trainer.history = History.from_record(facts)
+        if (planned := facts["config"]["steps"]) != config.steps:
+            trainer.history.extended.append({"step": facts["steps"], "from": planned, "to": config.steps})
         curve = trainer.history.loss_curve
         trainer.history.best = lowest([at for at in curve if runs.is_whole(runs.step_folder(run, int(at["step"])))])
         return trainer
@@ -156,7 +158,8 @@ class Trainer:
         _require_finite(self.ranks.from_first(result.loss if result else 0.0, self.model.device), self.history.step)
         if rounded is None or result is None:
             return runs.step_folder(self.run, self.history.step)
-        point = self.history.remember(figures.loss, result.loss, self.tokens, self.flops)
+        length = len(self.validation_ids) / len(self.corpus.validation)
+        point = self.history.remember(figures.loss, result.loss, self.tokens, self.flops, tokens_per_character=length)
         chosen = chosen_by_class(rounded, self.validation_ids, self.tokenizer.token_bytes)
         noted = {} if chosen is None else {"chosen_by_class": chosen}
         sample = record.sample(rounded, self.tokenizer)

@@ -72,6 +72,11 @@ def test_what_is_missing_is_trained_and_the_page_shows_every_seed(
     assert quality.main(["--rows", "first", "--seeds", "1"]) == 0, "it was killed between its end and its record"
     assert quality.record_of("first", 1).exists()
 
+    rows["first"] = Row("first", "tiny", ("--steps", 4, "--dropout", 0.1))
+    quality.record_of("first", 1).unlink()
+    assert quality.main(["--rows", "first", "--seeds", "1"]) == 1, "what is there was trained by another recipe"
+    assert "another dropout" in Path("runs/quality-first-1.log").read_text()
+
     rows["second"] = Row("second", "tiny", ("--steps", 0))
     assert quality.main(["--rows", "second", "--seeds", "3"]) == 1
     assert "runs/quality-second-3.log says why" in capfd.readouterr().err
@@ -93,13 +98,10 @@ def test_the_page_shows_the_records_that_are_committed() -> None:
     assert quality.with_table(page) == page, "run `python -m benchmarks.quality --table`"
 
 
-def test_the_record_of_a_row_has_the_budget_and_the_flags_of_that_row() -> None:
+def test_every_record_is_of_its_row_s_recipe_as_that_is_today() -> None:
     for each in quality.records():
-        flags = list(map(str, quality.ROWS[each["row"]].flags))
-        settings = each["training"]["config"] | each["training"]["config"]["shape"]
-        for flag, value in zip(flags[::2], flags[1::2], strict=True):
-            assert str(settings[flag.removeprefix("--").replace("-", "_")]) in (value, f"{value}.0")
-        assert each["training"]["steps"] == settings["steps"]
+        assert each["training"]["config"] == quality.recipe(quality.ROWS[each["row"]], each["seed"])
+        assert each["training"]["steps"] == each["training"]["config"]["steps"]
 
 
 def test_a_mean_of_minutes_counts_cores_and_a_way_that_one_seed_did_not_end_is_not_told() -> None:

@@ -113,6 +113,11 @@ def test_image_user_and_settings_are_those_that_there_are() -> None:
     assert environment()["MOESCOPE_THREADS"] == container()["resources"]["limits"]["cpu"]
 
 
+def test_kubernetes_sets_no_variable_of_ours_by_the_name_of_the_service() -> None:
+    """For a service called moescope it would set MOESCOPE_PORT=tcp://10.96.3.7:8000 in every pod, which is no port."""
+    assert part("Deployment")["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
 def test_whoever_asks_by_a_name_of_the_service_is_let_in(tmp_path: Path) -> None:
     name, (port,) = part("Service")["metadata"]["name"], part("Service")["spec"]["ports"]
     flags = ("--checkpoint", tiny_checkpoint(tmp_path / "tiny"), "--threads", 1)

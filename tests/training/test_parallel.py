@@ -23,6 +23,7 @@ import yaml
 from model import checkpoint
 from tests.evidence import Evidence
 from tests.training.processes import ROOT, start, train, train_here
+from training import config as configs
 from training import runs
 
 # Another order of summation changes a loss by a bit; a token that goes to another expert for it, or a large step along
@@ -224,3 +225,6 @@ def test_the_lines_of_the_page_are_those_of_the_file_for_skypilot() -> None:
         assert line[0] in told
         assert sorted(word for word in line if word.startswith("-")) == sorted(word for word in told if word[0] == "-")
         assert line[line.index("--") :] == told[told.index("--") :]
+        num_ranks = len(lines) * int(line[line.index("--nproc-per-node") + 1])
+        preset = configs.from_preset(line[line.index("--preset") + 1], {})
+        assert preset.batch_size % num_ranks == 0
