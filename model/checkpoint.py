@@ -98,8 +98,8 @@ def verify(folder: Path) -> Manifest:
     content = _read(folder / MANIFEST)
     try:
         listing = json.loads(content)
-        version, files = listing["format"], dict(listing["files"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        version, files = listing["format"], {str(name): str(digest) for name, digest in listing["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{folder / MANIFEST} is damaged: it is not a list of files") from None
     if version != FORMAT:
         raise CheckpointError(f"{folder / MANIFEST} has format {version!r}; this version reads format {FORMAT}")
@@ -156,7 +156,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = _read_object(folder / RECORD)
     try:
         name, known = record["corpus"]["name"], record["known_answer"]
-        sound = isinstance(name, str) and isinstance(known["prompt"], str) and bool(known["prompt"] and known["ids"])
+        prompt, ids = known["prompt"], known["ids"]
+        sound = all(isinstance(each, str) and each for each in (name, prompt)) and bool(ids)
+        sound = sound and all(type(each) is int for each in ids)
     except (KeyError, TypeError):
         sound = False
     if not sound:

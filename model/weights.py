@@ -30,6 +30,9 @@ def dump(model: Transformer) -> bytes:
 
 def read(path: Path, config: ModelConfig) -> Transformer:
     """A model in float32 with the file's weights: exact keys, shapes and dtype, all finite. Raises WrongWeights."""
+    # A configuration may claim any size, and a model of it would be made first. A tensor that lacks is named below.
+    if (size := path.stat().st_size) < config.num_parameters:
+        raise WrongWeights(f"it has {size:,} bytes, and {config.num_parameters:,} parameters take two each")
     # Not on the meta device: to draw a normal number there imports a compiler of 800 modules, which takes a second.
     model = Transformer(config)
     try:

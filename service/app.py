@@ -17,6 +17,7 @@ import prometheus_client
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
+from model.checkpoint import Manifest
 from service.admission import Admission
 from service.card import ModelCard
 from service.docs import DOCS_PATHS, add_docs, require_key
@@ -50,7 +51,8 @@ def create_app(settings: Settings) -> FastAPI:
     prometheus_client.disable_created_metrics()  # a second series for every counter, which nobody has asked for
     metrics = Metrics()
     exchange = Exchange(metrics)
-    build = partial(build_engine, _engine_options(settings))  # what takes seconds happens on the engine's thread
+    options = _engine_options(settings, card.manifest)
+    build = partial(build_engine, options)  # what takes seconds happens on the engine's thread
     engine = EngineThread(
         build,
         exchange.publish,
@@ -110,9 +112,10 @@ def _page_paths() -> frozenset[str]:
     return frozenset({"/", *(f"/{file.relative_to(PAGE).as_posix()}" for file in PAGE.rglob("*"))})
 
 
-def _engine_options(settings: Settings) -> EngineOptions:
+def _engine_options(settings: Settings, manifest: Manifest) -> EngineOptions:
     return EngineOptions(
-        checkpoint=settings.checkpoint,
+        checkpoint=manifest.folder,
+        fingerprint=manifest.fingerprint,
         device=settings.device,
         threads=settings.threads,
         slots=settings.slots,

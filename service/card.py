@@ -28,6 +28,7 @@ class ModelCard:
     def read(cls, folder: Path) -> ModelCard:
         """Checks every file that serving reads. Raises CheckpointError, which names the file."""
         manifest = verify(folder)
+        folder = manifest.folder  # a link may be set to another one meanwhile
         record = read_record(folder)
         config, tokenizer, corpus = read_config(folder), read_tokenizer(folder), record["corpus"]["name"]
         baseline = read_baseline(folder, config)

@@ -153,7 +153,7 @@ def test_no_network_is_told_in_one_line_and_a_second_run_can_go_on(checkout: Pat
 def test_a_second_installation_waits_for_the_first_while_that_lives(checkout: Path) -> None:
     first = subprocess.Popen(["sleep", "100"])
     (checkout / ".venv.lock").symlink_to(str(first.pid))
-    nobody_listens = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
+    nobody_listens = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", "PIP_CONFIG_FILE": os.devnull}
     second = subprocess.Popen(
         ["bash", "scripts/install.sh", "run"],
         cwd=checkout,

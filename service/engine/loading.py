@@ -32,8 +32,8 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the engine is told. slots None is as many as fit, at most 64; prefill_chunk is a multiple of 16; fault is
-    for tests."""
+    """What the engine is told. fingerprint is that of the checkpoint that the rest of the process speaks of, None for
+    any; slots None is as many as fit, at most 64; prefill_chunk is a multiple of 16; fault is for tests."""
 
     checkpoint: Path
     device: str
@@ -43,6 +43,7 @@ class EngineOptions:
     prefill_chunk: int
     runner: str = "auto"
     fault: str | None = None
+    fingerprint: str | None = None
 
 
 def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -> tuple[Engine, EngineInfo]:
@@ -64,6 +65,10 @@ def build_engine(options: EngineOptions, enter: Callable[[EnginePhase], None]) -
     torch.set_num_threads(options.threads)  # of the thread that calls this
     device = _device(options.device)
     loaded = checkpoint.load(options.checkpoint, device)
+    if options.fingerprint not in (None, loaded.manifest.fingerprint):
+        raise CannotServe(
+            f"{options.checkpoint} has become another checkpoint while this process started; start it again"
+        )
     slots = _num_slots(options, loaded.config)
     counters = ExpertCounters(loaded.config, slots, loaded.model.device)
     runner = _runner(options, loaded.model, slots, counters)

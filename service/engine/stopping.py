@@ -24,6 +24,9 @@ def release(held: list[DrawnToken], stop: Sequence[str]) -> tuple[list[DrawnToke
         if lengths > certain:
             break
         count += 1
+    if count == len(held):
+        while count and not held[count - 1].text:  # part of a character, which may be the stop string's first
+            count -= 1
     return _take(held, count), False
 
 

@@ -40,6 +40,16 @@ def test_what_is_loaded_is_what_was_saved_rounded_to_bfloat16(folder: Path) -> N
     assert len(loaded.manifest.fingerprint) == 64
 
 
+def test_a_size_that_is_only_claimed_is_refused_before_anything_is_made_of_it(tmp_path: Path) -> None:
+    files = tiny_files(tiny_model())
+    config = json.loads(files["config.json"])
+    for claim in ({"num_hidden_layers": 2**21}, {"moe_intermediate_size": 2**24}):
+        folder = tmp_path / next(iter(claim))
+        checkpoint.save(folder, {**files, "config.json": json.dumps({**config, **claim}).encode()})
+        with pytest.raises(CheckpointError, match=r"model\.safetensors does not fit config\.json: it has .* bytes"):
+            checkpoint.load(folder)
+
+
 def test_saving_over_a_folder_is_refused(folder: Path) -> None:
     with pytest.raises(FileExistsError, match="always a new folder"):
         checkpoint.save(folder, {})
@@ -60,7 +70,16 @@ def test_a_damaged_file_is_refused_by_name(folder: Path, name: str, damage: str)
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"", b"{", b"[]", b'{"format": 1, "files": []}', b'{"format": 9, "files": {}}']
+    "content",
+    [
+        None,
+        b"",
+        b"{",
+        b"[]",
+        b'{"format": 1, "files": []}',
+        b'{"format": 1, "files": [[1, "2"]]}',
+        b'{"format": 9, "files": {}}',
+    ],
 )
 def test_a_wrong_manifest_is_refused(folder: Path, content: bytes | None) -> None:
     (folder / "manifest.json").unlink()

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from service.engine.processor import cpu_flags, cpu_model
 
@@ -30,13 +31,13 @@ class NoLibrary(Exception):
 
 def load() -> ctypes.CDLL:
     """The compiled step: the one for this processor, or the portable one, or else compiled now. Raises NoLibrary."""
-    own = _built_for(f"native {cpu_model()} {sorted(cpu_flags())}")  # a virtual machine may hide what its model has
-    portable = _built_for(PORTABLE)
-    if not own.exists() and not (portable.exists() and runs_portable()):
-        compile_for("native", own)
     try:
+        own = _built_for(f"native {cpu_model()} {sorted(cpu_flags())}")  # a virtual machine may hide what its model has
+        portable = _built_for(PORTABLE)
+        if not own.exists() and not (portable.exists() and runs_portable()):
+            compile_for("native", own)
         return ctypes.CDLL(str(own if own.exists() else portable))
-    except OSError as error:
+    except OSError as error:  # a folder that this user may not enter, too
         raise NoLibrary(f"it does not load ({error})") from None
 
 
@@ -56,7 +57,9 @@ def compile_for(march: str, target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             output = Path(folder) / target.name
             whole = [command, *FLAGS, f"-march={march}", "-o", str(output), str(SOURCE)]
-            subprocess.run(whole, check=True, capture_output=True, text=True, timeout=COMPILING_S)
+            # In English, of which the first error is told; and a message may have bytes of any encoding.
+            speech: dict[str, Any] = {"env": {**os.environ, "LC_ALL": "C"}, "text": True, "errors": "replace"}
+            subprocess.run(whole, check=True, capture_output=True, timeout=COMPILING_S, **speech)
             with output.open("rb") as library:
                 os.fsync(library.fileno())  # a torn library would end every start, and not by an exception
             output.replace(target)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from model import checkpoint
 from service.engine.engine import Engine
 from service.engine.loading import EngineOptions, build_engine
 from service.engine.native import library
@@ -73,3 +75,13 @@ def test_a_model_that_it_does_not_know_is_decoded_by_torch_and_one_line_says_why
     assert build(folder)[1].runner == "torch"
     (line,) = warnings(caplog)
     assert "two levels of gating" in line
+
+
+def test_a_checkpoint_that_is_another_by_now_is_refused(tmp_path: Path) -> None:
+    """The process has read its vocabulary; ids of another one would be looked up beyond the table."""
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    before = checkpoint.verify(folder).fingerprint
+    shutil.rmtree(folder)
+    tiny_checkpoint(folder, seed=1)
+    with pytest.raises(CannotServe, match="has become another checkpoint"):
+        build(folder, fingerprint=before)

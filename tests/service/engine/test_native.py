@@ -515,3 +515,9 @@ def test_without_a_compiler_or_with_a_broken_one_there_is_no_library(
     with pytest.raises(NoLibrary, match="not today"):
         library.load()
     assert list((tmp_path / "built").iterdir()) == []
+    broken.write_bytes(b"#!/bin/sh\nprintf 'error: \\377\\376' >&2\nexit 1\n")
+    with pytest.raises(NoLibrary, match="\ufffd\ufffd"):
+        library.load()
+    monkeypatch.setattr(library, "BUILT", tmp_path / ("x" * 300))  # as a folder that may not be entered
+    with pytest.raises(NoLibrary, match="does not load"):
+        library.load()

@@ -52,6 +52,9 @@ def test_tokens_without_a_text_of_their_own_stay_before_a_stop_string_and_go_wit
     held = [DrawnToken(0, 0xC3, ""), DrawnToken(1, 0xA9, "\u00e9"), DrawnToken(2, 0xE2, ""), DrawnToken(3, 33, "!")]
     assert release(list(held), ["!"]) == (held[:2], True)
     assert release(list(held), ["\u00e9"]) == ([], True)
+    first_bytes = [DrawnToken(0, 65, "a"), DrawnToken(1, 0xE2, ""), DrawnToken(2, 0x80, "")]
+    assert release(first_bytes, ["\u2014"]) == ([DrawnToken(0, 65, "a")], False)
+    assert release([*first_bytes, DrawnToken(3, 0x94, "\u2014")], ["\u2014"]) == ([], True)
     waiting = [DrawnToken(0, 65, "a"), DrawnToken(1, 0xC3, "")]
     assert release(waiting, ["ab"]) == ([], False)
     assert len(waiting) == 2
