@@ -75,8 +75,9 @@ class Admission:
         """The index of the last token that the client has, or -1. Raises ApiError when no stream here goes on so."""
         if event_id is None or not isinstance(body, GenerateBody):  # others have no ids
             return -1
+        phase = self._engine.phase  # before the other, which is there once this is ready
         if self._engine.info is None:
-            raise ApiError(self._engine.phase)
+            raise ApiError(phase)
         found = re.fullmatch(r"([0-9a-f]{12}):(-1|[0-9]{1,9})", event_id)
         if found is None or not body.stream or int(found[2]) >= body.max_new_tokens:
             raise ApiError("bad_event_id", param="Last-Event-ID")

@@ -130,7 +130,8 @@ async def answer_http_exception(request: Request, error: Exception) -> JSONRespo
     assert isinstance(error, HTTPException)
     fallback = "internal" if error.status_code >= 500 else "bad_request"
     response = ApiError(_CODE_OF_STATUS.get(error.status_code, fallback)).response(request.state.request_id)
-    if error.status_code == 405:
-        response.headers["Allow"] = "GET, HEAD"  # the page's files, which do not say so themselves
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        allowed = response.headers.get("Allow", "GET")  # the page's files do not say so themselves
+        response.headers["Allow"] = allowed.replace("GET", "GET, HEAD")
     return response

@@ -36,7 +36,7 @@ class Hosts:
     """The names of this server. A page whose own name was pointed at us (DNS rebinding) sends that name as Host."""
 
     def __init__(self, listens_on: str, names: Set[str]) -> None:
-        self._names = {"localhost", listens_on.lower(), *map(_without_port, names)} - {""}  # which is a missing Host
+        self._names = {"localhost", listens_on.lower(), *map(_name_of, names)} - {""}  # which is a missing Host
         self._allows_any = ANY in names
         # On a network the machine has addresses that only its clients know; a number cannot be rebound.
         self._allows_any_address = not _is_loopback(listens_on)
@@ -116,9 +116,14 @@ class CrossOrigin:
 
     def _add_headers(self, scope: Scope, headers: MutableHeaders) -> None:
         headers.add_vary_header("Origin")
-        allowed = self._origins & {Headers(scope=scope).get("origin", ""), ANY}
+        asked = Headers(scope=scope)
+        allowed = self._origins & {asked.get("origin", ""), ANY}
         if allowed:
             headers.update({"Access-Control-Allow-Origin": min(allowed), **CROSS_ORIGIN_HEADERS})
+            if wanted := asked.get(
+                "access-control-request-headers"
+            ):  # clients bring headers of their own, OpenAI's for one
+                headers["Access-Control-Allow-Headers"] = wanted
 
 
 def split_list(text: str) -> frozenset[str]:
@@ -126,11 +131,16 @@ def split_list(text: str) -> frozenset[str]:
     return frozenset(item.strip().lower() for item in text.split(",") if item.strip())
 
 
+def _name_of(item: str) -> str:
+    """What a setting means: an IPv6 address may stand there without brackets."""
+    return item if _is_address(item) else _without_port(item)
+
+
 def _without_port(host: str) -> str:
-    """As it is compared: lower case, an IPv6 address without its brackets."""
+    """As it is compared: lower case, without the dot of a whole name, an IPv6 address without its brackets."""
     host = host.lower()
     if not host.startswith("["):
-        return host.partition(":")[0]
+        return host.partition(":")[0].removesuffix(".")
     match = _BRACKETED.fullmatch(host)
     return match[1] if match else ""
 

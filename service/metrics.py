@@ -117,7 +117,8 @@ class Metrics:
             self._inter_token.observe(0.0, num_tokens - 1)
 
     def record_end(self, ended: Ended, *, stream: bool) -> None:
-        self._queue.observe(ended.queue_s)
+        if ended.queue_s < ended.total_s:  # or it never had a slot
+            self._queue.observe(ended.queue_s)
         self._request.observe(ended.total_s)
         self._count(OUTCOME_OF_REASON[ended.reason], stream)
 

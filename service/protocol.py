@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.body import BODY_S
 from service.errors import ApiError
+from service.logs import log_event
 from service.middleware import COMMON_HEADERS
 
 
@@ -186,6 +187,8 @@ class Protocol(HttpToolsProtocol):
         if self._due is not None and not self._is_in_body:
             self._due = self.loop.time() + self._bounds.head_s  # nobody listened before
         super().on_response_complete()
+        if self._due is not None:  # the next request has begun: it has its own time
+            self._unset_keepalive_if_required()
 
     def look(self) -> None:
         """Ends what has taken too long; called about once a second."""
@@ -213,10 +216,14 @@ class Protocol(HttpToolsProtocol):
         self._refuse(self._refusal)
 
     def _refuse(self, code: str) -> None:
+        if self._answering is not None and self._answering.response_started and not self._answering.response_complete:
+            self.transport.abort()  # an answer is on its way, and these words would stand in the middle of it
+            return
         request_id = secrets.token_hex(8)
         response = ApiError(code).response(request_id)
         response.headers.update({**COMMON_HEADERS, "X-Request-Id": request_id, "Connection": "close"})
         headers = [*self.server_state.default_headers, *response.raw_headers]
         head = b"".join(b"%b: %b\r\n" % header for header in headers)
+        log_event("request", id=request_id, status=response.status_code, code=code)  # no application sees it
         self.transport.write(STATUS_LINE[response.status_code] + head + b"\r\n" + bytes(response.body))
         self.transport.close()

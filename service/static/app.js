@@ -34,6 +34,7 @@ const page = {
   },
 
   started(reading, used) {
+    if (!reading.place.id.startsWith(info.fingerprint)) meetAnew();
     tellFolding(reading.body.prompt, used);
     if (silenced.size && !isComparing()) writeWithout(whole.body); // silenced while this had no seed yet
     remember();
@@ -106,7 +107,9 @@ const stop = () => readings().forEach((reading) => reading.stop());
 
 /** Both texts go on to the same length, as if they had been asked for in it. */
 function goOn() {
-  const length = Math.min(whole.numTokens + byId("max_new_tokens").valueAsNumber, info.limits.max_new_tokens);
+  if (!byId("form").reportValidity()) return;
+  const more = byId("max_new_tokens").valueAsNumber || info.defaults.max_new_tokens;
+  const length = Math.min(whole.numTokens + more, info.limits.max_new_tokens);
   for (const reading of readings()) if (reading.canGoOn && reading.numTokens < length) reading.goOn(length);
   remember();
 }
@@ -147,8 +150,10 @@ function writeWithout(body) {
 function showWhole() {
   layOut();
   comparison.begin();
+  speaker.begin(); // what was told of the other text is no beginning of this one
   showFigures();
   if (whole.counts) heatmap.setCounts("text", whole.counts);
+  else heatmap.clear();
   page.said();
 }
 
@@ -178,6 +183,7 @@ const shownBody = () => shown().body ?? settings.body(byId("seed").value, silenc
 
 /** The link makes the text shown. */
 function remember() {
+  if (!info) return; // not connected yet
   const view = { layer: whole.text.layer };
   if (silenced.size) view.silenced = silencedPairs().map((pair) => pair.join(".")).join("_");
   if (byId("numbers").checked) view.numbers = "on";
@@ -215,10 +221,12 @@ function showFigures() {
   tellWork();
 }
 
+/** Where nothing is left of a prompt, or there is none, the model reads a line break. */
 function tellFolding(prompt, used) {
   const foreign = [...new Set(prompt)].filter((character) => !used.includes(character));
-  byId("folded").hidden = used === prompt;
-  byId("folded").textContent = `Not in the model’s alphabet: ${foreign.slice(0, 10).join(" ")}. It read: ${used || "(nothing)"}`;
+  byId("folded").hidden = used === prompt || prompt === "";
+  const read = used === "\n" ? "(nothing)" : used;
+  byId("folded").textContent = `Not in the model’s alphabet: ${foreign.slice(0, 10).join(" ")}. It read: ${read}`;
 }
 
 /** In one sentence: how far the texts agree, and what the causal map says of the silenced experts. */
@@ -272,6 +280,13 @@ function describe({ name, corpus, parameters, active_parameters, num_layers, num
 
 const VIEWS = [["text", "This text"], ["server", "Server"], ["cost", "Cost"], ["likes", "Likes"]];
 
+/** Another process answers. With another model there is another page to build. */
+async function meetAnew() {
+  const now = await fetchFacts("info").catch(() => info);
+  if (JSON.stringify(now.model) !== JSON.stringify(info.model)) location.reload();
+  info = now;
+}
+
 async function setUp() {
   info = await door.whenReady();
   const report = await fetchFacts("experts/report").catch(() => ({}));
@@ -301,6 +316,7 @@ function restore() {
   page.began(whole);
   chooseLayer(byId(`layer-${layer}`) ? layer : 0);
   chooseView(byId(`view-${view}`) ? view : "text");
+  remember(); // what was there before is remembered on the way
 }
 
 function showNumbers() {
@@ -324,8 +340,8 @@ byId("prompt").addEventListener("keydown", ({ key, ctrlKey, metaKey }) => {
 for (const button of document.querySelectorAll(".starts button")) {
   button.addEventListener("click", () => settings.set("prompt", button.textContent));
 }
-document.addEventListener("keydown", ({ key }) => {
-  if (key === "Escape") isBusy() ? stop() : cards.forEach((card) => card.close());
+document.addEventListener("keydown", ({ key, isComposing }) => {
+  if (key === "Escape" && !isComposing) isBusy() ? stop() : cards.forEach((card) => card.close());
 });
 await setUp();
 addEventListener("hashchange", restore);

@@ -8,7 +8,7 @@ const STEPS = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity };
 /** Follows the pointer and the arrow keys over one text; several texts may share the element. */
 export class Card {
   constructor(element, told, text) {
-    Object.assign(this, { element, told, text, index: -1 });
+    Object.assign(this, { element, told, text, index: -1, token: undefined });
     const { container } = text;
     container.addEventListener("pointerover", ({ target }) => this.open(Number(target.dataset.index ?? -1)));
     container.addEventListener("pointerleave", () => this.close());
@@ -20,8 +20,8 @@ export class Card {
   open(index) {
     this.close();
     if (!(index >= 0 && index < this.text.numShown)) return;
-    this.index = index;
     const token = this.text.tokens[index];
+    Object.assign(this, { index, token });
     const rows = token.routed_experts.map((_, layer) => this.#row(token, layer));
     this.element.replaceChildren(make("h2", {}, title(token)), ...rows, ...alternatives(token));
     this.element.hidden = false;
@@ -39,7 +39,8 @@ export class Card {
     const { numShown, tokens, layer } = this.text;
     if (!step || !numShown || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    const index = Math.max(0, Math.min(numShown - 1, this.index + step));
+    const from = tokens[this.index] === this.token ? this.index : -1; // another text begins anew
+    const index = Math.max(0, Math.min(numShown - 1, from + step));
     tokens[index].letter.scrollIntoView({ block: "nearest" });
     this.open(index);
     const experts = ranked(tokens[index], layer).map(([expert, weight]) => `expert ${expert} ${percent(weight)}`);
@@ -61,7 +62,7 @@ export class Card {
 
   #place() {
     const { letter } = this.text.tokens[this.index] ?? {};
-    if (!letter) return;
+    if (letter?.dataset.current === undefined) return; // the card is another text's by now
     const { left, top, bottom } = letter.getBoundingClientRect();
     const { offsetWidth: width, offsetHeight: height, style } = this.element;
     style.left = `${Math.max(8, Math.min(left - 24, document.documentElement.clientWidth - width - 8))}px`;

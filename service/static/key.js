@@ -7,5 +7,6 @@ try {
 } catch {}
 
 export const heldKey = () => store[NAME] ?? "";
+/** The fields take none that a header cannot carry. */
 export const holdKey = (key) => (store[NAME] = key.trim());
 export const authorization = () => (heldKey() ? { Authorization: `Bearer ${heldKey()}` } : {});

@@ -5,7 +5,7 @@ import { Trouble } from "./service.js";
 import { survivingStream } from "./stream.js";
 
 export class Reading {
-  /** page is told what happens: began, started, wrote, drew, said, locked. */
+  /** page is told what happens: began, started, wrote, drew, ended, said, locked. */
   constructor(text, page) {
     Object.assign(this, { text, page, request: null });
     this.forget();
@@ -44,7 +44,7 @@ export class Reading {
 
   write(body) {
     this.forget();
-    this.place = { body, id: null, numTokens: 0 };
+    this.place = { body, id: null, numTokens: 0, hasBegun: false };
     this.askedAt = performance.now();
     this.text.begin(body.prompt);
     this.page.began(this);
@@ -53,7 +53,8 @@ export class Reading {
 
   /** Goes on as if the text had been asked for in this length: the place and the seed make it the same text. */
   goOn(numTokens) {
-    this.place.body = { ...this.place.body, max_new_tokens: numTokens };
+    this.place = { ...this.place, body: { ...this.place.body, max_new_tokens: numTokens }, hasBegun: false };
+    this.numRouted = null;
     return this.#read("Going on …");
   }
 
@@ -133,8 +134,8 @@ export class Reading {
   #end(words, isTrouble = false) {
     this.request = null;
     this.text.container.classList.remove("writing");
-    this.#draw();
     this.#say(words, isTrouble);
+    this.#draw();
     this.page.ended(this);
   }
 
@@ -147,7 +148,8 @@ export class Reading {
   #inWords(error) {
     const known = error.status === 401 ? refusal() : error instanceof Trouble && error.message;
     const reason = known || "The service cannot be reached. Is it running?";
-    return this.numTokens ? `${this.#lossInWords()}. ${reason} What arrived is kept.` : reason;
+    const lead = this.place.hasBegun ? `${this.#lossInWords()}. ` : "";
+    return this.numTokens ? `${lead}${reason} What arrived is kept.` : reason;
   }
 
   #lossInWords() {

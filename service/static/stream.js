@@ -11,8 +11,8 @@ const PASSING = ["shutdown", "internal", "stalled"]; // errors that another try 
 
 /**
  * Yields a request's events, every token once and in order, over as many connections as that takes; calls tellLoss before
- * each new try. place is {body, id, numTokens}: how far the text has come, from null and 0 on, and it moves along. Throws
- * Trouble when the text cannot go on, and whatever goes wrong before its first event as it is.
+ * each new try. place is {body, id, numTokens, hasBegun}: how far the text has come, from null and 0 on, and it moves along.
+ * Throws Trouble when the text cannot go on, and whatever goes wrong before the first event, to begin or to go on, as it is.
  */
 export async function* survivingStream(place, signal, tellLoss) {
   let numFailures = 0;
@@ -26,7 +26,7 @@ export async function* survivingStream(place, signal, tellLoss) {
         if (event.name === "done" || event.name === "error") return;
       }
     } catch (error) {
-      if (signal.aborted || place.id === null) throw error;
+      if (signal.aborted || !place.hasBegun) throw error;
       if (error.status === 409) throw new Trouble("the server that came back would write another text");
       if (error.status < 500 && error.status !== 429) throw error;
       // A request that breaks every step would take its neighbours' texts along each time.
@@ -66,7 +66,7 @@ function follow(place, { id, name, data }) {
   if (name === "error" && PASSING.includes(data.code)) throw new Error(data.code);
   if (name === "token") place.numTokens++;
   if (name === "start") place.body = { ...place.body, seed: data.seed };
-  place.id = id;
+  Object.assign(place, { id, hasBegun: true });
   return name !== "start" || isFirst;
 }
 

@@ -61,6 +61,10 @@ def test_behind_a_path_prefix_it_asks_beneath_the_prefix_only(server: Server, op
 
 def test_a_server_with_a_key_is_asked_once_the_reader_has_given_it(locked: Server, open_page: OpenPage) -> None:
     visit = open_page(locked, path="/docs")
+    visit.page.get_by_label("This server's API key").fill("ключ")  # which no header can carry
+    visit.page.get_by_role("button", name="Show the reference").click()
+    assert not visit.page.locator("#key").evaluate("key => key.checkValidity()")
+    expect(visit.page.locator("#ask")).to_be_visible()
     visit.page.get_by_label("This server's API key").fill("wrong")
     visit.page.get_by_role("button", name="Show the reference").click()
     expect(visit.page.get_by_role("status")).to_contain_text("key")

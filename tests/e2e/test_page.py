@@ -220,6 +220,21 @@ def test_foreign_characters_are_folded_and_the_reader_is_told(server: Server, op
     expect(page.locator("#text .given")).to_have_text("KENT - ")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words"), [("", None), ("日本", "Not in the model’s alphabet: 日 本. It read: (nothing)")]
+)
+def test_a_prompt_of_nothing_is_read_as_a_line_break(
+    server: Server, open_page: OpenPage, prompt: str, words: str
+) -> None:
+    page = open_page(server, settings(prompt=prompt)).page
+    generate(page)
+    wait_until_done(page)
+    if words:
+        expect(page.locator("#folded")).to_have_text(words)
+    else:
+        expect(page.locator("#folded")).to_be_hidden()
+
+
 def test_arrow_keys_go_from_letter_to_letter_and_tell_their_experts(server: Server, open_page: OpenPage) -> None:
     page = open_page(server, settings()).page
     token = token_events(page)[1]
@@ -298,6 +313,9 @@ def test_a_server_that_comes_late_fills_up_and_goes_away_is_told_in_words(
 ) -> None:
     page = open_page(narrow_server.wait_until_it_listens(), settings(max_new_tokens=4096), slowly=True).page
     expect_state(page, "Ready.")
+    written_before = open_page(narrow_server, settings()).page
+    generate(written_before)
+    wait_until_done(written_before)
     generate(page)
     wait_for_letters(page, 5)
 
@@ -307,6 +325,10 @@ def test_a_server_that_comes_late_fills_up_and_goes_away_is_told_in_words(
     refused = open_page(narrow_server, settings()).page
     generate(refused)
     expect_state(refused, re.compile(r"wait.*; try again in \d+ s\.$"))
+
+    written_before.get_by_role("button", name="Continue").click()
+    expect_state(written_before, re.compile(r"wait.*; try again in \d+ s\. What arrived is kept\.$"))
+    expect(written_before.get_by_role("button", name="Continue")).to_be_enabled()
 
     narrow_server.process.kill()
     expect_state(page, re.compile(r"^The connection was lost after \d+ tokens; picking it up again …$"))

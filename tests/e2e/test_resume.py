@@ -15,6 +15,7 @@ from playwright.sync_api import Page, Route, expect
 from tests.checkpoints import tiny_checkpoint
 from tests.e2e.conftest import OpenPage, Visit
 from tests.e2e.reading import (
+    PATIENCE_MS,
     choose_layer,
     expect_state,
     generate,
@@ -190,6 +191,23 @@ def test_a_server_with_another_model_cannot_go_on(serve: Serve, open_page: OpenP
     expect_state(page, f"The connection was lost after {num_letters} tokens. {words}")
     assert letters(page).count() == num_letters
     expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+
+
+def test_a_page_that_finds_another_model_behind_it_is_built_anew(
+    serve: Serve, open_page: OpenPage, tmp_path: Path
+) -> None:
+    server = serve()
+    page = open_page(server, settings()).page
+    generate(page)
+    wait_until_done(page)
+    kill(server)
+    serve(folder=tiny_checkpoint(tmp_path / "another", num_layers=1, num_experts=6))
+    generate(page)
+    expect(page.locator("#heat tbody tr")).to_have_count(1, timeout=PATIENCE_MS)
+    expect(page.locator("#heat thead th")).to_have_count(1 + 6)
+    expect_state(page, "Ready.")
+    generate(page)
+    wait_until_done(page)
 
 
 def test_after_two_minutes_it_gives_up_and_keeps_the_text(serve: Serve, open_page: OpenPage) -> None:

@@ -227,6 +227,7 @@ def test_a_link_restores_settings_layer_numbers_view_and_silence_and_makes_both_
     expect(other.locator("#layer-1")).to_be_checked()
     expect(other.get_by_label("Numbers")).to_be_checked()
     expect(other.get_by_role("radio", name="Cost")).to_be_checked()
+    assert set(other.url.split("#")[1].split("&")) == set(link.split("#")[1].split("&"))
     for layer, expert in [(1, 3), (2, 0)]:
         expect(cell(other, layer, expert)).to_have_attribute("aria-pressed", "true")
     generate(other)

@@ -48,6 +48,8 @@ def test_addresses_and_methods_that_are_not_there_get_the_one_error_shape(
     response = server.client.request(method, path)
     assert (response.status_code, error_of(response)["code"]) == (status, code)
     assert ("allow" in response.headers) == (status == 405)
+    allowed = set(response.headers.get("allow", "").split(", "))
+    assert ("GET" in allowed) == ("HEAD" in allowed)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from model.config import ModelConfig
+from service.engine.sequence import FinishReason, SamplingParams, Sequence
 from service.histogram import Histogram
-from service.metrics import MAX_EXPERT_SERIES, OUTCOMES, expert_detail
+from service.metrics import MAX_EXPERT_SERIES, OUTCOMES, Metrics, expert_detail
 from tests.checkpoints import tiny_checkpoint
 from tests.evidence import At, Evidence
 from tests.service.conftest import StartServer
@@ -91,6 +92,18 @@ def test_every_expert_s_counter_grows_by_what_the_answers_count(server: Server) 
         for expert in range(len(answers[0]["routing"]["counts"][layer])):
             told = sum(answer["routing"]["counts"][layer][expert] for answer in answers)
             assert growth(before, after, "expert_tokens_total", layer=layer, expert=expert) == told
+
+
+def test_who_never_had_a_slot_is_no_time_in_the_queue() -> None:
+    """The alert on waiting would take the patience of those who left for it."""
+    metrics = Metrics()
+    for has_slot in (True, False):
+        sequence = Sequence((1,), SamplingParams(), created_at=10.0, admitted_at=12.0 if has_slot else None)
+        metrics.record_end(sequence.end_record(FinishReason.TIMEOUT, 20.0, 0, ()), stream=True)
+    told = Samples.parse(metrics.render("")[0].decode())
+    assert told.total("queue_seconds_count") == 1
+    assert told.total("queue_seconds_sum") == 2
+    assert told.total("request_seconds_count") == 2
 
 
 def test_requests_and_their_times_are_counted_once_each(server: Server) -> None:

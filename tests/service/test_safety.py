@@ -200,6 +200,8 @@ def test_metrics_can_be_left_open(start_server: StartServer) -> None:
             ["evil.test", "", "x.moe.test"],
         ),
         ("127.0.0.1", "::1,", ["127.0.0.1"], [""]),
+        ("127.0.0.1", "2001:db8::5", ["[2001:db8::5]:8000", "[2001:DB8::5]"], ["2001", "2001:8000", "[2001:db8::6]"]),
+        ("127.0.0.1", "moe.test", ["moe.test.", "moe.test.:8000", "localhost."], ["moe.test..", "."]),
         ("127.0.0.1", "*", ["evil.test", "", "10.0.0.1"], []),
     ],
 )
@@ -261,13 +263,18 @@ def test_a_page_that_may_ask_reads_refusals_too(locked: Server) -> None:
 
 
 def test_a_preflight_needs_no_key_and_allows_the_headers_that_are_used(locked: Server) -> None:
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    asked = {"Access-Control-Request-Method": "POST"}
     answer = locked.client.options("/generate", headers=ASKING | asked)
     assert (answer.status_code, answer.content) == (204, b"")
     assert answer.headers["access-control-allow-origin"] == ORIGIN
     allowed = set(answer.headers["access-control-allow-headers"].split(", "))
     assert allowed == {"Authorization", "Content-Type", "Last-Event-ID", "X-Request-Id"}
     assert "POST" in answer.headers["access-control-allow-methods"]
+    headers = {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}  # as OpenAI's client asks
+    answer = locked.client.options("/generate", headers=ASKING | asked | headers)
+    assert answer.headers["access-control-allow-headers"] == headers["Access-Control-Request-Headers"]
+    stranger = locked.client.options("/generate", headers={**asked, **headers, "Origin": "https://evil.test"})
+    assert "access-control-allow-headers" not in stranger.headers
     assert locked.client.options("/generate", headers=asked | {"Host": "evil.test"}).status_code == 421
 
 
@@ -379,6 +386,23 @@ def test_more_than_may_wait_behind_an_answer_is_the_end(quick: Quick, behind: by
         connection.sendall(behind)
         assert received(connection).startswith(b"HTTP/1.1 400 ")
         wait_until(lambda: quick.num_cancelled() == before + 1)  # and has not come to its end
+
+
+@pytest.mark.parametrize("behind", [LIVEZ * 17, b"no request at all\r\n\r\n"])
+def test_what_is_wrong_behind_an_answer_on_its_way_cuts_it_off_and_puts_no_words_into_it(
+    quick: Quick, behind: bytes
+) -> None:
+    wait_until(quick.is_idle)
+    with quick.connect() as connection:
+        connection.sendall(generate(max_new_tokens=FOR_EVER))
+        content = b""
+        while b"event: token" not in content:
+            content += connection.recv(65_536)
+        connection.sendall(behind)
+        with suppress(ConnectionResetError):
+            content += received(connection)
+    assert content.count(b"HTTP/1.1 ") == 1
+    wait_until(quick.is_idle)
 
 
 def test_what_may_wait_behind_an_answer_is_answered(quick: Quick) -> None:
