@@ -84,6 +84,10 @@ class Tokenizer:
         if sorted(ids.values()) != list(range(len(ids))):
             raise ValueError("the ids of its tokens are not 0, 1, 2, ...")
         self.is_of_bytes = isinstance(inner.decoder, decoders.ByteLevel)
+        if inner.truncation or inner.padding or inner.normalizer:
+            raise ValueError("it cuts, fills or rewrites the text before it spells it")
+        if self.is_of_bytes and not ids.keys() >= set(BYTE_LETTERS):
+            raise ValueError("it does not have all 256 bytes")
         self.token_bytes = [_bytes_of(each) if self.is_of_bytes else each.encode() for each in spellings]
         self.tokens = [_shown(each) for each in self.token_bytes]
         self._id_of = {token: index for index, token in enumerate(self.tokens)}

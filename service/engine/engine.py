@@ -95,6 +95,8 @@ class Engine:
                 chunk.sequence.num_prefilled += chunk.num_tokens
                 self._feed(chunk.sequence, Phase.PREFILL, chunk.num_tokens)
         else:
+            for sequence in plan.sequences:  # before anything is made of it: what raises then leaves the books in order
+                self._feed(sequence, Phase.DECODE, steps)
             self._step_s, self._num_rows = (self._clock() - started) / steps, len(plan.sequences)
         if drawn:
             self._deliver(plan, drawn)
@@ -188,8 +190,6 @@ class Engine:
                 if rows.is_finite[step][row]:
                     reason = self._draw(sequence, rows.token(step, row, sequence), events)
                 step += 1
-            if plan.phase is Phase.DECODE:
-                self._feed(sequence, Phase.DECODE, step)
             if reason:
                 self._take_back(sequence, drawn, row, step)
                 events += self._end(sequence, reason)
@@ -200,6 +200,7 @@ class Engine:
         """What a burst fed for a sequence after its end was for nothing."""
         if first < len(drawn.token_ids):
             assert sequence.slot is not None
+            self._feed(sequence, Phase.DECODE, first - len(drawn.token_ids))
             ids, weights = drawn.expert_ids[first:, row], drawn.expert_weights[first:, row]
             self._counters.take_back(Phase.DECODE, sequence.slot, ids, weights)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -165,3 +167,20 @@ def test_long_lines_without_spaces_are_learnt_in_pieces_and_ordinary_text_as_it_
 def test_a_vocabulary_without_all_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="256"):
         Tokenizer.of_bpe("ab", 255)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"truncation": {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}}, "cuts"),
+        ({"normalizer": {"type": "Lowercase"}}, "rewrites"),
+        ({"model": {"vocab": {"a": 0}, "merges": []}}, "all 256 bytes"),
+    ],
+)
+def test_a_file_that_would_change_the_text_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    rule = json.loads(Tokenizer.of_bytes().files()["tokenizer.json"])
+    for key, value in change.items():
+        rule[key] = rule[key] | value if key == "model" else value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rule))
+    with pytest.raises(ValueError, match=words):
+        Tokenizer.load(tmp_path)

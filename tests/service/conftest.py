@@ -83,5 +83,5 @@ def portable_step(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip(f"the image's native step needs a processor with all of {library.PORTABLE}")
     target = tmp_path_factory.mktemp("built") / "step.so"
     with skipped_without_a_compiler():
-        library.compile_for(library.PORTABLE, target)
+        library.compile_for(library.PORTABLE, target, library.SOURCE.read_text())
     return ctypes.CDLL(str(target))

@@ -32,10 +32,11 @@ class NoLibrary(Exception):
 def load() -> ctypes.CDLL:
     """The compiled step: the one for this processor, or the portable one, or else compiled now. Raises NoLibrary."""
     try:
-        own = _built_for(f"native {cpu_model()} {sorted(cpu_flags())}")  # a virtual machine may hide what its model has
-        portable = _built_for(PORTABLE)
+        source = SOURCE.read_text()  # once: an update in between would keep the new step under the old one's name
+        # A virtual machine may hide what its model has.
+        own, portable = (_built_for(each, source) for each in (f"native {cpu_model()} {sorted(cpu_flags())}", PORTABLE))
         if not own.exists() and not (portable.exists() and runs_portable()):
-            compile_for("native", own)
+            compile_for("native", own, source)
         return ctypes.CDLL(str(own if own.exists() else portable))
     except OSError as error:  # a folder that this user may not enter, too
         raise NoLibrary(f"it does not load ({error})") from None
@@ -47,7 +48,7 @@ def compiler() -> str | None:
     return next(filter(None, (shutil.which(name) for name in names if name)), None)
 
 
-def compile_for(march: str, target: Path) -> None:
+def compile_for(march: str, target: Path, source: str) -> None:
     """Compile for a processor as -march names it. A reader of the target never sees a half. Raises NoLibrary."""
     command = compiler()
     if command is None:
@@ -56,13 +57,14 @@ def compile_for(march: str, target: Path) -> None:
         target.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             output = Path(folder) / target.name
-            whole = [command, *FLAGS, f"-march={march}", "-o", str(output), str(SOURCE)]
+            whole = [command, *FLAGS, f"-march={march}", "-o", str(output), "-x", "c++", "-"]
             # In English, of which the first error is told; and a message may have bytes of any encoding.
             speech: dict[str, Any] = {"env": {**os.environ, "LC_ALL": "C"}, "text": True, "errors": "replace"}
-            subprocess.run(whole, check=True, capture_output=True, timeout=COMPILING_S, **speech)
+            subprocess.run(whole, input=source, check=True, capture_output=True, timeout=COMPILING_S, **speech)
             with output.open("rb") as library:
                 os.fsync(library.fileno())  # a torn library would end every start, and not by an exception
-            output.replace(target)
+            if not target.exists():  # who was first may have it mapped, on another machine of the same folder too
+                output.replace(target)
     except subprocess.CalledProcessError as error:
         complaint = next((line for line in error.stderr.splitlines() if "error" in line), "it says nothing")
         raise NoLibrary(f"{command} cannot compile it ({complaint})") from None
@@ -70,8 +72,8 @@ def compile_for(march: str, target: Path) -> None:
         raise NoLibrary(f"it cannot be compiled ({error})") from None
 
 
-def _built_for(processor: str) -> Path:
-    facts = (SOURCE.read_bytes(), FLAGS, processor, sys.platform, platform.machine())
+def _built_for(processor: str, source: str) -> Path:
+    facts = (source, FLAGS, processor, sys.platform, platform.machine())
     return BUILT / f"step-{sha256(repr(facts).encode()).hexdigest()[:16]}.so"
 
 
@@ -82,7 +84,8 @@ def runs_portable() -> bool:
 def main() -> int:
     """``python -m service.engine.native.library``: compile the portable step, for an image."""
     try:
-        compile_for(PORTABLE, _built_for(PORTABLE))
+        source = SOURCE.read_text()
+        compile_for(PORTABLE, _built_for(PORTABLE, source), source)
     except NoLibrary as reason:
         print(f"the native step is not compiled: {reason}", file=sys.stderr)
         return 1

@@ -425,6 +425,22 @@ def test_what_was_held_back_is_told_at_an_end_but_not_where_another_process_may_
     assert [type(event) for event in events] == [DrawnToken] * 8 * is_told + [Ended]
 
 
+def test_the_books_balance_when_what_comes_after_a_step_raises(model: Transformer) -> None:
+    """The step has counted every row; the second's text cannot be spelled, and the third is not looked at any more."""
+    spellings = ["a", "b", "c", "d"]
+    ordinary, bad, late = (sequence(seed=seed) for seed in (1, 2, 3))
+    bad.spell = lambda _: spellings.pop()
+    engine = engine_for(model)
+    for each in (ordinary, bad, late):
+        engine.add(each)
+    with pytest.raises(IndexError):
+        run(engine)
+    engine.end_running(FinishReason.INTERNAL)
+    figures = engine.figures()
+    work = figures.expert_counts.sum(axis=-1)
+    assert work.tolist() == (model.config.experts_per_token * figures.routed_tokens).tolist()
+
+
 def test_no_end_is_lost_when_what_comes_after_it_raises(model: Transformer) -> None:
     def broken(_: int) -> str:
         raise ZeroDivisionError
