@@ -55,6 +55,12 @@ export class Reading {
   goOn(numTokens) {
     this.place = { ...this.place, body: { ...this.place.body, max_new_tokens: numTokens }, hasBegun: false };
     this.numRouted = null;
+    // A text that ends inside a character ends in U+FFFD. Longer it has the character, so that token is asked for again.
+    if (this.text.tokens.at(-1).text.endsWith("\ufffd")) {
+      this.text.dropLast();
+      const [fingerprint] = this.place.id.split(":");
+      Object.assign(this.place, { numTokens: this.numTokens, id: `${fingerprint}:${this.numTokens - 1}` });
+    }
     return this.#read("Going on …");
   }
 

@@ -27,6 +27,12 @@ export class Text {
     if (scrollTop + clientHeight > scrollHeight - 60) this.container.scrollTop = this.container.scrollHeight;
   }
 
+  /** Takes the last token back, which is shown. */
+  dropLast() {
+    this.tokens.pop().letter.remove();
+    this.numShown = this.tokens.length;
+  }
+
   setLayer(layer) {
     this.layer = layer;
     for (const token of this.tokens.slice(0, this.numShown)) this.#tint(token);

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.checkpoints import tiny_report
+from model.tokenizer import Tokenizer
+from tests.checkpoints import tiny_checkpoint, tiny_report
 from tests.e2e.conftest import OpenPage
 from tests.e2e.reading import (
     LONG,
@@ -82,6 +83,30 @@ def test_continue_makes_the_text_that_a_longer_request_makes(server: Server, ope
     assert "".join(page.locator("#spoken p").all_text_contents()) == answer["text"]
     assert "max_new_tokens=180" in page.url  # the link makes the text shown
     expect(page.locator("#heat-note")).to_contain_text(f"all {answer['routing']['tokens']} tokens")
+
+
+@pytest.fixture
+def byte_server(tmp_path: Path) -> Iterator[Server]:
+    folder = tiny_checkpoint(tmp_path / "bytes", tokenizer=Tokenizer.of_bytes())
+    server = Server(tmp_path / "log", "--checkpoint", folder, "--slots", 2, "--threads", 1)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+def test_continue_goes_on_inside_a_character(byte_server: Server, open_page: OpenPage) -> None:
+    """Random bytes, many of which begin a character of several: what it lacks is told as U+FFFD at the end alone."""
+    texts = {length: byte_server.answer(max_new_tokens=length, seed=7)["text"] for length in range(20, 60)}
+    cut = next(length for length in range(20, 59) if not texts[length + 1].startswith(texts[length]))
+    page = open_page(byte_server, settings(max_new_tokens=cut)).page
+    generate(page)
+    wait_until_done(page)
+    assert written(page) == texts[cut]
+    continue_text(page)
+    wait_for_letters(page, 2 * cut)
+    wait_until_done(page)
+    assert written(page) == byte_server.answer(max_new_tokens=2 * cut, seed=7)["text"]
 
 
 def test_continue_after_stop_goes_on_where_it_was(reported_server: Server, open_page: OpenPage) -> None:
