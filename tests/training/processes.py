@@ -39,6 +39,14 @@ def train(text: Path, run: str, *more: object, ranks: int = 1, **environment: st
     return output
 
 
+def assert_refused_in_one_line(message: str, *arguments: object, cwd: Path) -> None:
+    process = training(*arguments, cwd=cwd)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert message in output
+    assert len(output.splitlines()) == 1
+
+
 def train_here(text: Path, run: str, *flags: object, preset: str = "tiny", resume: bool = False) -> Path:
     """The last checkpoint of a run, which is trained in this process: to start another takes longer."""
     parser = argparse.ArgumentParser()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.processes import ROOT, training
+from tests.training.processes import ROOT, assert_refused_in_one_line, training
 from training import config as configs
 from training import corpora
 from training.config import BadConfig
@@ -42,11 +42,7 @@ from training.trainer import Trainer
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(text: Path, arguments: list[str], message: str) -> None:
-    process = training(*arguments, cwd=text.parent)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert message in output
-    assert len(output.splitlines()) == 1
+    assert_refused_in_one_line(message, *arguments, cwd=text.parent)
 
 
 def test_what_a_preset_or_a_flag_refuses_is_said_at_once_without_torch(tmp_path: Path) -> None:

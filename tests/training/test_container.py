@@ -34,7 +34,7 @@ def container() -> Iterator[list[Path]]:
             limit.write_text(value)
         yield groups
     except OSError as error:
-        pytest.skip(f"no cgroup can be made here: {error}")
+        pytest.skip(f"no cgroup can be made here, which takes root and a writable {CGROUPS}: {error}")
     finally:
         for group in groups:
             if group.exists():

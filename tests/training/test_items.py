@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from model import checkpoint
-from tests.training.processes import train, training
+from tests.training.processes import assert_refused_in_one_line, train, training
 from training import config as configs
 from training import corpora
 from training.config import BadConfig
@@ -113,14 +114,14 @@ def test_items_are_asked_of_who_was_trained_on_these(
 
 def test_an_item_ends_at_its_length_and_a_model_that_writes_only_empty_ones_is_given_up(trained: Path) -> None:
     loaded = checkpoint.load(trained)
-    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-    written = list(items(loaded.model, loaded.tokenizer, 5, 2, **options))  # type: ignore[arg-type]
+    options: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    written = list(items(loaded.model, loaded.tokenizer, 5, 2, **options))
     assert [len(item) <= 2 for item in written] == [True] * 5
     newline = loaded.tokenizer.encode("\n")[0]
     loaded.model.head.weight.zero_()  # uniform, so that the lowest id wins
     assert newline == 0
     greedy = {**options, "temperature": 0.0}
-    assert list(items(loaded.model, loaded.tokenizer, 5, 2, **greedy)) == []  # type: ignore[arg-type]
+    assert list(items(loaded.model, loaded.tokenizer, 5, 2, **greedy)) == []
 
 
 @pytest.mark.parametrize(
@@ -133,8 +134,4 @@ def test_an_item_ends_at_its_length_and_a_model_that_writes_only_empty_ones_is_g
     ],
 )
 def test_items_without_a_list_are_refused_in_one_line(names: Path, arguments: list[str], message: str) -> None:
-    process = training(*arguments, cwd=names.parent)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert message in output
-    assert len(output.splitlines()) == 1
+    assert_refused_in_one_line(message, *arguments, cwd=names.parent)
