@@ -12,10 +12,11 @@ import torch
 
 from model.tokenizer import Tokenizer
 from tests.checkpoints import tiny_model
-from tests.training.processes import VERSE, train_here, training
+from tests.training.processes import VERSE, assert_refused_in_one_line, train_here, training
 from training import config as configs
 from training import corpora, record
 from training.baselines import bigram_loss, bits_per_character
+from training.history import History
 from training.trainer import Trainer
 
 
@@ -63,6 +64,21 @@ def test_a_run_its_card_and_its_evaluation_stand_beside_the_bigram_of_its_own_te
         for figure, unit in (("bits_per_character", " bits per character"), ("bigram_loss", " nats")):
             told = [float(number) for number in re.findall(rf"(\d+\.\d+){unit}", shown)]
             assert any(number == pytest.approx(facts[figure], abs=2e-4) for number in told), figure
+
+
+def test_a_milestone_is_passed_per_character_and_not_per_token() -> None:
+    of_bytes, of_pairs = History(), History()
+    of_bytes.remember(1.5, 1.5, 10, 10, tokens_per_character=1.2)
+    of_pairs.remember(3.0, 3.0, 10, 10, tokens_per_character=0.5)
+    assert of_bytes.milestones == {}  # 1.8 nats a character
+    assert set(of_pairs.milestones) == {"1.7439"}  # 1.5
+
+
+def test_a_file_that_is_called_as_a_corpus_is_not_taken_for_it(text: Path) -> None:
+    """Its model would be scored on text that it has never seen, under its own text's name."""
+    file = text.rename(text.with_name("tinyshakespeare"))
+    folder = train_here(file, "namesake")
+    assert_refused_in_one_line("trained on another text", "evaluate", "--checkpoint", folder, cwd=text.parent)
 
 
 def test_a_text_whose_training_part_cannot_be_spelled_is_scored_without_a_bigram(text: Path) -> None:

@@ -68,6 +68,14 @@ def test_a_resumed_run_reads_its_text_as_it_began_to(text: Path) -> None:
     assert resumed.train_ids.tolist() == others.encode(corpus.train)
 
 
+def test_a_run_that_was_lengthened_says_where_it_was_resumed(text: Path) -> None:
+    train_here(text, "longer", "--steps", 4)
+    folder = train_here(text, "longer", "--steps", 6, resume=True)
+    assert json.loads((folder / checkpoint.RECORD).read_text())["extended"] == [{"step": 4, "from": 4, "to": 6}]
+    assert "resumed at step 4 with 6 steps to make instead of 4" in (folder / "README.md").read_text()
+    assert "resumed at" not in (folder.with_name("step-4") / "README.md").read_text()
+
+
 def test_a_run_of_another_version_of_the_program_is_refused_in_a_line(text: Path) -> None:
     corpus, run = corpora.from_file(text), text.parent / "run"
     config = configs.from_preset("tiny", {"steps": 2, "evaluate_every": 2})
