@@ -221,7 +221,8 @@ public:
     const uint32_t round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
       arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
+      // Sequentially consistent, as in call(): else the new value may become visible only after the look for sleepers.
+      round_.store(round + 1);
       round_.notify_all();
       return;
     }
@@ -412,7 +413,7 @@ private:
 
   void call(int team) {
     for (int t = 1; t < team; t++) {
-      scratch[t].calls.fetch_add(1, std::memory_order_release);
+      scratch[t].calls.fetch_add(1);
       scratch[t].calls.notify_one();
     }
   }
