@@ -26,8 +26,8 @@ class ModelConfig:
     - ``activation``: "swiglu", or "relu" or "gelu" for plain experts of two matrices, down(act(up x))
     - ``num_groups`` above 1: two levels of gating (Shazeer et al. 2017, appendix B). Every group has as many experts; a
       token goes to ``groups_per_token`` groups and has an equal share of its experts in each
-    - ``gates_over``: the softmax is over the "chosen" experts, or over "all", as in Switch; with one expert per token
-      only the latter lets the loss reach the router
+    - ``gates_over``: the softmax is over the "chosen" experts, or over "all", as in Switch; where one alone is chosen,
+      on either level, only the latter lets the loss reach that level's router
     """
 
     vocab_size: int

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.chance import LayerChance
+from model.config import ModelConfig
 from model.router import Router, Routing
 
 # On the CPU a row of a matrix product has the same bits for every row count that is a multiple of 4, so each expert's
@@ -138,7 +139,10 @@ def padded_layout(expert_ids: Tensor, num_experts: int, row_multiple: int = ROW_
 
 
 class SparseMoE(nn.Module):
-    """A router and its experts: ``y, routing = moe(x)``. The options are ModelConfig's fields of the same names."""
+    """A router and its experts: ``y, routing = moe(x)``. The options are ModelConfig's fields of the same names.
+
+    Raises UnsupportedConfig for sizes and options that ModelConfig would refuse.
+    """
 
     def __init__(
         self,
@@ -153,20 +157,18 @@ class SparseMoE(nn.Module):
         gates_over: str = "chosen",
     ) -> None:
         super().__init__()
-        self.router = Router(
-            channels,
-            num_experts,
-            experts_per_token,
-            num_groups=num_groups,
-            groups_per_token=groups_per_token,
-            gates_over=gates_over,
-        )
+        levels: dict[str, Any] = {"num_groups": num_groups, "groups_per_token": groups_per_token}
+        chosen: dict[str, Any] = {"num_experts": num_experts, "experts_per_token": experts_per_token, **levels}
+        chosen["gates_over"] = gates_over
+        ModelConfig(vocab_size=1, hidden_size=channels, expert_size=expert_size, activation=activation, **chosen)
+        self.router = Router(channels, **chosen)
         self.experts = Experts(channels, num_experts, expert_size, activation)
 
     def forward(
         self, x: Tensor, disabled: Tensor | None = None, chance: LayerChance | None = None
     ) -> tuple[Tensor, Routing]:
-        """x (..., C) -> (..., C) and the routing of its N tokens in order. disabled, chance: as the router takes them.
+        """x (..., C) -> (..., C) and the routing of its N tokens, one at least, in order. disabled, chance: as the
+        router takes them.
 
         Whom a full expert turns away is not in the routing: it says what the router wanted.
         """

@@ -15,7 +15,7 @@ from model.router import Routing
 
 
 def switch_loss(routing: Routing) -> Tensor:
-    """E x sum over experts of (share of assignments) x (mean probability); 1 at balance, E at collapse.
+    """E x sum over experts of (share of assignments) x (mean probability); 1 at balance, E / K at collapse.
 
     Switch Transformer (Fedus et al. 2021), eq. 4-6, with the share over all K choices. Gradient flows through the
     probabilities alone. logits (N, E) -> scalar.

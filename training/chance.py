@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +145,10 @@ def has_room_for(expert_ids: Tensor, num_experts: int, length: int, factor: floa
     Its capacity is factor x its even share of the sequence's assignments, rounded up (Fedus et al. 2021, eq. 3, by
     sequence as in GShard's groups, so that it does not matter who shares the batch). (N, K) -> (N, K) of bool.
     """
-    capacity = math.ceil(factor * length * expert_ids.shape[-1] / num_experts)
+    most = length * expert_ids.shape[-1]
+    capacity = min(
+        math.ceil(Fraction(str(factor)) * most / num_experts), most
+    )  # a float may round above a whole number
     sequence = torch.arange(expert_ids.shape[0], device=expert_ids.device) // length
     queue = (sequence.unsqueeze(-1) * num_experts + expert_ids).flatten()  # one for each sequence and expert
     order = queue.argsort(stable=True)

@@ -53,7 +53,7 @@ HELP = {
     "num_kv_heads": "heads for keys and values, which query heads share",
     "head_dim": "channels of a head",
     "num_experts": "experts in every layer; 1 is a dense model",
-    "experts_per_token": "experts at work for a token; 1 is Switch",
+    "experts_per_token": "experts at work for a token; 1 with gates_over all is Switch",
     "expert_size": "width of an expert",
     "context_length": "positions that attention sees, and tokens of a training sequence",
     "rope_theta": "base of the rotary positions",
@@ -131,7 +131,21 @@ class TrainingConfig:
             not self.load_weight or self.router_noise == "gaussian",
             f"load_weight is {self.load_weight}; the load loss needs router_noise gaussian, not {self.router_noise}",
         )
-        self.model_config(vocab_size=1)
+        self._require_routers_that_learn(self.model_config(vocab_size=1))
+
+    def _require_routers_that_learn(self, shape: ModelConfig) -> None:
+        """The softmax over one that was chosen alone is 1 whatever the router says, so its gradient is zero."""
+        in_group = shape.num_experts // shape.num_groups
+        levels = [("experts_per_token", shape.experts_per_group_and_token, in_group)]
+        if shape.num_groups > 1:
+            levels.append(("groups_per_token", shape.groups_per_token, shape.num_groups))
+        for name, chosen, among in levels:
+            _require(
+                shape.gates_over == "all" or chosen > 1 or among == 1,
+                f"{name} is {getattr(shape, name)}, so a router chooses one of {among}, and with gates_over chosen its "
+                "gate is always 1: it would learn nothing from the text; set gates_over to all, as Switch does, or "
+                "choose more",
+            )
 
     def _require_kinds(self) -> None:
         for each in fields(self):

@@ -39,8 +39,11 @@ class Muon:
     """Momentum whose update is made orthogonal (Jordan et al. 2024), for many matrices of many shapes.
 
     A parameter with more than two dimensions is a stack of matrices. Momentum rises from 0.85 to 0.95 over the first
-    200 steps; the step of a matrix is scaled by sqrt(max(1, O / I)). Ranks share the work of orthogonalising, which is
-    that of all matrices whatever a rank's part of the batch, and each has every matrix's momentum.
+    200 steps; the step of a matrix is scaled by sqrt(max(1, O / I)). It is as long
+    whatever the gradient's size: an expert that one token chose moves as far as one that a thousand did, and one that
+    none chooses any more goes on along its last direction for some two hundred steps. Ranks share the work of
+    orthogonalising, which is that of all matrices whatever a rank's part of the batch, and each has every matrix's
+    momentum.
     """
 
     def __init__(

@@ -49,6 +49,19 @@ def test_grouped_experts_equal_the_loop_with_all_gradients(options: dict[str, An
             torch.testing.assert_close(fast, readable, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gates_over": "Chosen"}, "gates_over is 'Chosen'"),
+        ({"experts_per_token": 3, "num_groups": 2, "groups_per_token": 2}, "must be a multiple of groups_per_token"),
+        ({"expert_size": 18}, "must be a multiple of 16"),
+    ],
+)
+def test_a_layer_of_its_own_refuses_what_a_model_would(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedConfig, match=message):
+        moe(**options)
+
+
 @pytest.mark.parametrize(("activation", "act"), [("relu", F.relu), ("gelu", F.gelu)])
 def test_one_plain_expert_is_the_dense_layer(activation: str, act: Any) -> None:
     layer = moe(num_experts=1, experts_per_token=1, activation=activation)

@@ -30,11 +30,12 @@ def phi(z: float) -> float:
     return 0.5 * (1 + math.erf(z / math.sqrt(2)))
 
 
-def test_the_switch_loss_is_one_at_balance_and_num_experts_at_collapse() -> None:
+def test_the_switch_loss_is_one_at_balance_and_num_experts_over_those_chosen_at_collapse() -> None:
     balanced = torch.eye(4).repeat(5, 1) * 50  # every token is sure, and every expert has as many
     assert switch_loss(routing(balanced, 1)).item() == pytest.approx(1)
     collapsed = torch.tensor([[50.0, 0, 0, 0]]).repeat(20, 1)
     assert switch_loss(routing(collapsed, 1)).item() == pytest.approx(4)
+    assert switch_loss(routing(collapsed, 2)).item() == pytest.approx(2)  # nobody can have more than half the choices
 
 
 def test_the_z_loss_is_the_squared_log_partition_function() -> None:

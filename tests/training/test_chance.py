@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load as from_bytes
 
 from model import checkpoint
+from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from tests.checkpoints import tiny_model
 from training import config as configs
 from training import corpora, runs
 from training.chance import ChanceOfLayer, chance_in, has_room_for, noise_weights
 from training.config import TrainingConfig
+from training.objective import objective
 from training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -44,13 +46,12 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
     assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
 
 
-def test_jitter_is_uniform_around_one_and_on_the_routers_input_alone() -> None:
+def test_jitter_is_uniform_around_one() -> None:
     chance = at(router_noise="jitter", jitter=0.1)
     factors = chance.jitter(torch.ones(1000, 64))
     assert 0.9 <= factors.min() < 0.901
     assert 1.099 < factors.max() <= 1.1
     assert factors.var().item() == pytest.approx(0.2**2 / 12, rel=0.02)
-    assert chance.drop_update(factors, "moe") is factors
 
 
 def test_noise_is_normal_with_the_learned_deviation() -> None:
@@ -77,6 +78,47 @@ def test_numbers_differ_by_seed_step_layer_and_purpose_and_by_nothing_else() -> 
     assert not torch.equal(at(dropout=0.5).drop_update(ones, "attention"), first)
     second_half = at(tokens=500, first_row=50, dropout=0.5).drop_update(ones[50:], "moe")
     assert torch.equal(second_half, first[50:]), "who has which rows of the batch does not matter"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 0.2},
+        {"expert_dropout": 0.3},
+        {"router_noise": "gaussian"},
+        {"router_noise": "jitter", "jitter": 0.3},
+        {"capacity_factor": 0.5},
+    ],
+    ids=lambda options: next(iter(options.values())) if "router_noise" in options else next(iter(options)),
+)
+def test_each_kind_of_chance_alone_reaches_the_model(options: dict[str, Any]) -> None:
+    config, model = TrainingConfig(**options), tiny_model()
+    noise = noise_weights(config, model.config, CPU)
+    ids = torch.randint(65, (6, 16), generator=torch.Generator().manual_seed(0))
+    assert (model(ids, chance=chance_in(config, noise, 3, ids))[0] - model(ids)[0]).abs().max() > 0.1
+
+
+def test_jitter_is_the_routers_alone() -> None:
+    moe, x = tiny_model().layers[0].moe, torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    y, routing = moe(x, chance=at(router_noise="jitter", jitter=0.3, tokens=20))
+    assert not torch.equal(routing.logits, moe(x)[1].logits)
+    torch.testing.assert_close(y, moe.experts.reference(x, routing))  # what the experts read has none
+
+
+def test_expert_dropout_is_between_an_experts_matrices() -> None:
+    moe, x = tiny_model().layers[0].moe, torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    chance = at(expert_dropout=0.5, tokens=20)
+    y, routing = moe(x, chance=chance)
+    kept = chance.drop_hidden(torch.ones(40, 32), torch.arange(40)).view(20, 2, 32)  # of each token and choice
+    assert kept.unique().tolist() == [0, 2]
+    assert (kept == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    by_hand = torch.zeros(20, 32)
+    for token, (chosen, weights) in enumerate(zip(routing.expert_ids, routing.expert_weights, strict=True)):
+        for choice, (expert, weight) in enumerate(zip(chosen, weights, strict=True)):
+            gate, up = moe.experts.gate_up[expert]
+            hidden = torch.nn.functional.silu(gate @ x[token]) * (up @ x[token]) * kept[token, choice]
+            by_hand[token] += weight * (moe.experts.down[expert] @ hidden)
+    torch.testing.assert_close(y, by_hand)
 
 
 @pytest.mark.parametrize("options", [EVERYTHING, {"router_noise": "jitter", "jitter": 0.1, "expert_dropout": 0.5}])
@@ -107,7 +149,10 @@ def test_capacity_drops_nothing_at_perfect_balance_and_the_latest_otherwise() ->
 
 def test_capacity_is_never_zero_and_rounds_up() -> None:
     assert has_room_for(torch.tensor([[3], [9]]), 1024, length=2, factor=1e-3).all()
-    assert has_room_for(torch.zeros(4, 1, dtype=torch.int64), 3, length=4, factor=1.0).sum() == 2
+    nobody_else = torch.zeros(100, 1, dtype=torch.int64)
+    assert has_room_for(nobody_else[:4], 3, length=4, factor=1.0).sum() == 2
+    assert has_room_for(nobody_else, 10, length=100, factor=1.1).sum() == 11  # 1.1 x 100 / 10 is above it in floats
+    assert has_room_for(nobody_else, 10, length=100, factor=9e18).all()
 
 
 def test_a_dropped_token_passes_by_its_expert_and_the_routing_says_what_was_wanted() -> None:
@@ -123,12 +168,6 @@ def test_a_dropped_token_passes_by_its_expert_and_the_routing_says_what_was_want
     torch.testing.assert_close(y[0, first], usual[0, first])
     assert not y[0, ~first].any()
     assert torch.equal(routing.expert_weights, wanted.expert_weights)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "verse.txt").write_text("The quick brown fox jumps over the lazy dog, and he sleeps on.\n" * 200)
-    return tmp_path / "verse.txt"
 
 
 def test_noise_weights_learn_are_resumed_exactly_and_are_never_served(text: Path) -> None:
@@ -166,8 +205,32 @@ def _assert_equal(first: Transformer, second: Transformer) -> None:
         ({"load_weight": 0.1}, "router_noise gaussian"),
         ({"init": "zeros"}, "init is 'zeros'"),
         ({"activation": "tanh"}, "activation is 'tanh'"),
+        ({"experts_per_token": 1}, "experts_per_token is 1, so a router chooses one of 4"),
+        ({"num_groups": 2}, "groups_per_token is 1, so a router chooses one of 2"),
+        ({"num_groups": 2, "groups_per_token": 2}, "experts_per_token is 2, so a router chooses one of 2"),
     ],
 )
 def test_what_cannot_be_is_refused_early(values: dict[str, Any], message: str) -> None:
     with pytest.raises(configs.BadConfig, match=message):
         configs.from_preset("tiny", values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"experts_per_token": 1, "gates_over": "all"},
+        {"num_groups": 2, "gates_over": "all"},
+        {"num_groups": 2, "groups_per_token": 2, "gates_over": "all"},
+        {"num_experts": 8, "experts_per_token": 4, "num_groups": 4, "groups_per_token": 2, "gates_over": "all"},
+        {"num_experts": 12, "experts_per_token": 4, "num_groups": 3, "groups_per_token": 2},
+    ],
+)
+def test_every_router_that_is_not_refused_learns_from_the_text(values: dict[str, Any], corpus: corpora.Corpus) -> None:
+    config = configs.from_preset("tiny", {**values, "balance_weight": 0.0, "z_weight": 0.0, "init": "kaiming"})
+    model = Transformer(config.model_config(65))
+    ids = torch.tensor(Tokenizer.of_characters(corpus.train + corpus.validation).encode(corpus.train[:513]))
+    logits, routings = model(ids[None, :-1])
+    objective(logits, ids[None, 1:], routings, config)[0].backward()
+    routers = [weight.grad for name, weight in model.named_parameters() if ".router." in name]
+    assert len(routers) == 2 * (1 + ("num_groups" in values))
+    assert all(gradient is not None and gradient.any() for gradient in routers)

@@ -12,7 +12,7 @@ import torch
 from model.transformer import Transformer
 from tests.checkpoints import tiny_model
 from training.config import TrainingConfig
-from training.optimizer import Muon, Optimizer, polar_factor, schedule
+from training.optimizer import POLAR_EXPRESS, Muon, Optimizer, polar_factor, schedule
 from training.trainer import fast_products
 
 
@@ -59,15 +59,56 @@ def test_products_are_fast_within_a_step_alone_even_if_it_raises() -> None:
     assert products.fp32_precision == "none"
 
 
-def test_one_step_of_muon_is_the_hand_written_one() -> None:
-    weight = torch.nn.Parameter(torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(0)))
-    weight.grad = torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(1))
-    first = weight.detach().clone()
-    with torch.no_grad():
-        Muon({"w": weight}, learning_rate=0.02, weight_decay=0.1).step(0, factor=0.5)
-    direction = 0.15 * weight.grad + 0.85 * 0.15 * weight.grad
-    expected = first * (1 - 0.01 * 0.1) - 0.01 * (96 / 64) ** 0.5 * polar_factor(direction)
-    torch.testing.assert_close(weight.detach(), expected)
+def test_two_steps_of_muon_are_the_hand_written_ones() -> None:
+    """Of a stack and of a matrix of the same shape, which are orthogonalised together, while the momentum rises."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {"stack": torch.randn(2, 96, 64, generator=generator), "one": torch.randn(96, 64, generator=generator)}
+    expected = {name: weight.clone() for name, weight in weights.items()}
+    momentum = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    muon = Muon(weights, learning_rate=0.02, weight_decay=0.1)
+    for number, beta in ((100, 0.9), (300, 0.95)):  # half-way up, and at its height
+        for name, weight in weights.items():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            momentum[name] = beta * momentum[name] + (1 - beta) * weight.grad
+            direction = (1 - beta) * weight.grad + beta * momentum[name]
+            moved = 0.01 * (96 / 64) ** 0.5 * polar_factor(direction.view(-1, 96, 64)).view_as(weight)
+            expected[name] = expected[name] * (1 - 0.01 * 0.1) - moved
+        muon.step(number, factor=0.5)
+    torch.testing.assert_close(weights, expected)
+
+
+def test_adam_moves_choosers_and_the_rest_by_their_own_rates_and_decays_none() -> None:
+    """Its first step is as long as its rate, whatever the gradient (Kingma and Ba 2015, section 2.1)."""
+    model = tiny_model(num_groups=2, groups_per_token=2)
+    first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    config = TrainingConfig(embedding_learning_rate=0.008, head_learning_rate=0.004, weight_decay=0.5)
+    Optimizer(model, config).step(0, factor=0.5)
+    moved = {name: (first[name] - parameter).detach() for name, parameter in model.named_parameters()}
+    by_rate = [
+        [name for name, step in moved.items() if torch.allclose(step, torch.tensor(rate), atol=1e-6)]
+        for rate in (0.004, 0.002)
+    ]
+    norms = [name for name in moved if "norm" in name]
+    assert by_rate[0] == ["embedding.weight", *norms]
+    assert by_rate[1] == [*(name for name in moved if ".router." in name), "head.weight"]
+
+
+def test_the_polar_factor_keeps_directions_and_its_polynomials_are_the_best_from_a_thousandth_up() -> None:
+    """The error of the best polynomial is as large above one as below (Amsel et al. 2025)."""
+
+    def composed(values: torch.Tensor) -> torch.Tensor:
+        for a, b, c in POLAR_EXPRESS:
+            values = a * values + b * values**3 + c * values**5
+        return values
+
+    reached = composed(torch.logspace(-3, 0, 100_000, dtype=torch.float64))
+    assert 1 - reached.min().item() == pytest.approx(reached.max().item() - 1, rel=1e-6)
+    matrix = torch.randn(1, 64, 96, generator=torch.Generator().manual_seed(0))
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    expected = u @ torch.diag_embed(composed(values / (1.01 * matrix.norm()))) @ v
+    torch.testing.assert_close(polar_factor(matrix), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (2, 96, 64), (2, 64, 96)])

@@ -77,7 +77,7 @@ def test_two_ranks_give_the_loss_of_one_and_one_resumes_what_two_began(text: Pat
 
 CHANCE = (
     *("--router-noise", "gaussian", "--load-weight", 1, "--importance-weight", 1),
-    *("--dropout", 0.1, "--expert-dropout", 0.1, "--capacity-factor", 1.25, "--num-groups", 2),
+    *("--dropout", 0.1, "--expert-dropout", 0.1, "--capacity-factor", 1.25, "--num-groups", 2, "--gates-over", "all"),
 )
 
 

@@ -153,6 +153,7 @@ def causal_map(model: Transformer, inputs: Tensor, targets: Tensor) -> CausalMap
     """Loss with each expert silenced, minus without, on windows (W, T). Its tokens go to their next choice.
 
     The difference is taken window by window, so that what makes a window hard cancels; the error is that of the mean.
+    On two levels a group that cannot give a token its share any more is passed over, and the cost is the whole group's.
     """
     config = model.config
     baseline = window_losses(model, inputs, targets)
