@@ -12,7 +12,7 @@ given = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "  ARGS='...' is handed to the (first) program behind a command, PYTHON=/path/to/python3.12 makes .venv with that Python,"
+	@echo "  ARGS='...' is handed to the (first) program behind a command but lint and picture, PYTHON=/path/to/python3.12 makes .venv with that Python,"
 	@echo "  TORCH=cpu installs the small PyTorch without CUDA (Linux; heeded when PyTorch is first installed)."
 
 serve: .venv/serve.stamp ## serve the model on http://127.0.0.1:8000 (PORT=9000 HOST=0.0.0.0 CHECKPOINT=DIR)
@@ -24,7 +24,7 @@ test: .venv/test.stamp ## run the tests, and list what was skipped and why
 test-ray: .venv/ray.stamp ## run the tests of replicas on Ray, which is installed for it, three minutes
 	@exec $(PY) -m pytest tests/scale -m ray $(ARGS)
 
-train: .venv/train.stamp ## train a model in five minutes (ARGS='--preset shakespeare' for the shipped one)
+train: .venv/train.stamp ## train a model in a few minutes (ARGS='--preset shakespeare' for the shipped one)
 	@exec $(PY) -m training train --preset quick $(ARGS)
 
 lint: .venv/lint.stamp ## ruff, mypy, the import direction, Dockerfile, compose files and dashboards

@@ -66,14 +66,13 @@ def _control(report: dict[str, Any]) -> str:
         "at work per token": "active_parameters:,",
         "steps": "steps:,",
         "tokens": "tokens:,",
-        "minutes": "minutes:.0f",
     }
     lines = []
     for what, named in rows.items():
         key, form = named.split(":")
         lines.append(f"| {what} | {mixture[key]:{form}} | {dense[key]:{form}} |")
     gain = dense["validation_loss"] - mixture["validation_loss"]
-    verdict = f"The mixture is {abs(gain):.4f} nats per token {'better' if gain > 0 else 'worse'} than its control."
+    verdict = f"The mixture is {abs(gain):.4f} nats per token {'better' if gain > 0 else 'worse'} than its control, of one run each."
     head = ["## The control", "", "The same data and steps with other experts.", "", "| | this model | control |"]
     return "\n".join([*head, "|---|---|---|", *lines, "", verdict])
 
