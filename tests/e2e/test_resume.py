@@ -50,7 +50,6 @@ def serve(checkpoint: Path, tmp_path: Path) -> Iterator[Serve]:
         yield serve
     finally:
         for server in servers:
-            server.signal(signal.SIGCONT)
             server.stop()
 
 
