@@ -95,30 +95,6 @@ def alone(crowded: Server, orders: list[Order]) -> tuple[list[Told], float]:
     return answers, sum(len(answer.tokens) for answer in answers) / (time.monotonic() - began)
 
 
-@pytest.mark.alone
-def test_every_stream_of_a_crowd_is_bitwise_what_it_is_alone(
-    size: Size, crowded: Server, orders: list[Order], alone: tuple[list[Told], float], evidence: Evidence
-) -> None:
-    answers, rate_alone = alone
-    before = crowded.metrics()
-    began = time.monotonic()
-    together = asyncio.run(at_once(ask(crowded.port, each) for each in orders))
-    rate = sum(len(answer.tokens) for answer in together) / (time.monotonic() - began)
-    after = crowded.metrics()
-    num_tokens = sum(len(answer.tokens) for answer in answers)
-    assert num_tokens >= size.least_tokens
-    different = [
-        seed for seed, pair in enumerate(zip(answers, together, strict=True)) if len({*map(repr_of, pair)}) > 1
-    ]
-    assert different == []
-    steps, rows = (after.total(f"batch_size_{kind}") - before.total(f"batch_size_{kind}") for kind in ("count", "sum"))
-    assert rows / steps >= size.least_batch, "that was no crowd"
-    evidence("tokens compared", num_tokens)
-    evidence("different", len(different))
-    evidence("mean batch size", round(rows / steps, 1))
-    evidence("tokens/s of the crowd over those of one stream", round(rate / rate_alone, 2))
-
-
 def test_half_of_a_crowd_may_be_killed_at_any_moment(
     crowded: Server, orders: list[Order], alone: tuple[list[Told], float], evidence: Evidence
 ) -> None:
@@ -142,6 +118,30 @@ def test_half_of_a_crowd_may_be_killed_at_any_moment(
     crowded.wait_for(requests_running=0)
     evidence("killed at random moments", len(doomed))
     evidence("tokens compared, none different", num_equal)
+
+
+@pytest.mark.alone
+def test_every_stream_of_a_crowd_is_bitwise_what_it_is_alone(
+    size: Size, crowded: Server, orders: list[Order], alone: tuple[list[Told], float], evidence: Evidence
+) -> None:
+    answers, rate_alone = alone
+    before = crowded.metrics()
+    began = time.monotonic()
+    together = asyncio.run(at_once(ask(crowded.port, each) for each in orders))
+    rate = sum(len(answer.tokens) for answer in together) / (time.monotonic() - began)
+    after = crowded.metrics()
+    num_tokens = sum(len(answer.tokens) for answer in answers)
+    assert num_tokens >= size.least_tokens
+    different = [
+        seed for seed, pair in enumerate(zip(answers, together, strict=True)) if len({*map(repr_of, pair)}) > 1
+    ]
+    assert different == []
+    steps, rows = (after.total(f"batch_size_{kind}") - before.total(f"batch_size_{kind}") for kind in ("count", "sum"))
+    assert rows / steps >= size.least_batch, "that was no crowd"
+    evidence("tokens compared", num_tokens)
+    evidence("different", len(different))
+    evidence("mean batch size", round(rows / steps, 1))
+    evidence("tokens/s of the crowd over those of one stream", round(rate / rate_alone, 2))
 
 
 def repr_of(answer: Told) -> str:

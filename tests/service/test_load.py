@@ -191,22 +191,21 @@ def percentile(values: list[float], percent: int) -> float:
     return quantiles(values, n=100)[percent - 1]
 
 
-@pytest.mark.alone
 def test_the_last_thousand_tokens_of_a_long_stream_are_as_quick_as_the_second(
     server: Server, checkpoint: Path, at: At, evidence: Evidence
 ) -> None:
     length, part = at((1_200, 300), (20_000, 1_000))
-    ratio = last_to_second(checkpoint, length, part)
     long, marks = asyncio.run(measured_stream(server, length, (part, 2 * part, length - part, length)))
     used = [late.cpu_s - early.cpu_s for early, late in zip(marks[::2], marks[1::2], strict=True)]
     growth = (marks[-1].memory - marks[1].memory) / MIB
     evidence("tokens", length)
-    evidence(f"time of the last {part:,} to the second {part:,}, in the engine, in turn", ratio)
     evidence(f"MiB gained between token {2 * part:,} and token {length:,}", growth)
     assert is_complete(long)
     assert len(long.arrived) == length
     assert growth <= 4
     if at.full_size:  # a part of 300 tokens is too short to be timed on a busy machine, and may come in one write
+        ratio = last_to_second(checkpoint, length, part)
+        evidence(f"time of the last {part:,} to the second {part:,}, in the engine, in turn", ratio)
         evidence("the same for CPU seconds of the whole server", used[1] / used[0])
         assert ratio == pytest.approx(1, abs=0.1)
         assert used[1] / used[0] == pytest.approx(1, abs=0.5)
