@@ -6,6 +6,7 @@ import argparse
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,8 +33,8 @@ RUNS = Path("runs")
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "134217728"}
 
 
-def main() -> int:
-    arguments = _parser().parse_args()
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(words)
     if usable_cpus() < visible_cpus():  # torch knows nothing of quotas
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
     try:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from training import config as configs
 from training import corpora
+from training.__main__ import MALLOC, main
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -42,9 +46,28 @@ def train(text: Path, run: str, *more: object, ranks: int = 1, **environment: st
 def assert_refused_in_one_line(message: str, *arguments: object, cwd: Path) -> None:
     process = training(*arguments, cwd=cwd)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
+    _assert_one_line(message, process.returncode, output)
+
+
+def assert_refused_here(message: str, *arguments: object, cwd: Path) -> None:
+    """The same in this process, for what only comes to light after torch is imported, which takes two seconds."""
+    _assert_one_line(message, *said(*arguments, cwd=cwd))
+
+
+def _assert_one_line(message: str, code: int, output: str) -> None:
+    assert code == 1
     assert message in output
     assert len(output.splitlines()) == 1
+
+
+def said(*arguments: object, cwd: Path) -> tuple[int, str]:
+    """The exit code of a command, and all that it writes, in this process: to start another takes longer."""
+    with io.StringIO() as output, pytest.MonkeyPatch.context() as patch:
+        for name, value in MALLOC.items():  # without which a training starts its process anew: this one
+            patch.setenv(name, value)
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = main([*map(str, arguments)])
+        return code, output.getvalue()
 
 
 def train_here(text: Path, run: str, *flags: object, preset: str = "tiny", resume: bool = False) -> Path:

@@ -12,7 +12,7 @@ import torch
 
 from model.tokenizer import Tokenizer
 from tests.checkpoints import tiny_model
-from tests.training.processes import VERSE, assert_refused_in_one_line, train_here, training
+from tests.training.processes import VERSE, assert_refused_here, said, train_here, training
 from training import config as configs
 from training import corpora, record
 from training.baselines import bigram_loss, bits_per_character
@@ -78,15 +78,15 @@ def test_a_file_that_is_called_as_a_corpus_is_not_taken_for_it(text: Path) -> No
     """Its model would be scored on text that it has never seen, under its own text's name."""
     file = text.rename(text.with_name("tinyshakespeare"))
     folder = train_here(file, "namesake")
-    assert_refused_in_one_line("trained on another text", "evaluate", "--checkpoint", folder, cwd=text.parent)
+    assert_refused_here("trained on another text", "evaluate", "--checkpoint", folder, cwd=text.parent)
 
 
 def test_a_text_whose_training_part_cannot_be_spelled_is_scored_without_a_bigram(text: Path) -> None:
     train_here(text, "foreign")
     (text.parent / "foreign.txt").write_text("\u00e9" + VERSE)
-    process = training("evaluate", "--checkpoint", "runs/foreign/step-20", "--data", "foreign.txt", cwd=text.parent)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    asked = ("evaluate", "--checkpoint", "runs/foreign/step-20", "--data", "foreign.txt")
+    code, output = said(*asked, cwd=text.parent)
+    assert code == 0
     assert "bigram counts    none: of the training text, the vocabulary has no U+00E9 at 0" in output
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.processes import ROOT, assert_refused_in_one_line, training
+from tests.training.processes import ROOT, assert_refused_here, assert_refused_in_one_line, training
 from training import config as configs
 from training import corpora
 from training.config import BadConfig
@@ -21,28 +21,39 @@ from training.trainer import Trainer
         (["train", "--preset", "nonsense"], "choose one of"),
         (["train", "--preset", "tiny", "--steps", "0"], "steps is 0"),
         (["train", "--preset", "tiny", "--hidden-size", "30"], "hidden_size is 30"),
-        (["train", "--preset", "tiny", "--data", "none.txt"], "none.txt cannot be read"),
-        (["train", "--preset", "tiny", "--data", "verse.txt", "--resume"], "no whole checkpoint"),
-        (["train", "--preset", "tiny", "--data", "short.txt"], "context_length 32 needs more"),
         (["train", "--preset", "tiny", "--tokenizer", "word"], "tokenizer is 'word'"),
         (["train", "--preset", "tiny", "--bpe-vocab-size", "255"], "bpe_vocab_size is 255"),
         (["train", "--preset", "tiny", "--run", "../out"], "plain name"),
         (["train", "--preset", "tiny", "--data", "verse.txt", "--run", ""], "plain name"),
         (["train", "--preset", "tiny", "--data", "verse.txt", "--run", "caf\udce9"], "plain name"),
         (["train", "--preset", "tiny", "--data", "verse.txt", "--corpus", "tinyshakespeare"], "leave one of them out"),
-        (["train", "--preset", "tiny", "--data", "verse.txt", "--batch-size", "100000000000"], "GiB of memory"),
         (["train", "--preset", "tiny", "--matrix-learning-rate", "nan"], "matrix_learning_rate is nan"),
         (["train", "--preset", "tiny", "--clip-norm", "nan"], "clip_norm is nan"),
         (["train", "--preset", "tiny", "--clip-norm=-1"], "clip_norm is -1"),
-        (["train", "--preset", "tiny", "--device", "cuda"], "torch sees no GPU"),
         (["train", "--preset", "tiny", "--activation", "tanh"], "activation is 'tanh'"),
         (["train", "--preset", "tiny", "--load-weight", "0.1"], "router_noise gaussian"),
-        (["sample", "--checkpoint", "none"], "none is no folder"),
         (["sample", "--temperature", "nan"], "--temperature is nan"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(text: Path, arguments: list[str], message: str) -> None:
     assert_refused_in_one_line(message, *arguments, cwd=text.parent)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--preset", "tiny", "--data", "none.txt"], "none.txt cannot be read"),
+        (["train", "--preset", "tiny", "--data", "verse.txt", "--resume"], "no whole checkpoint"),
+        (["train", "--preset", "tiny", "--data", "short.txt"], "context_length 32 needs more"),
+        (["train", "--preset", "tiny", "--data", "verse.txt", "--batch-size", "100000000000"], "GiB of memory"),
+        (["train", "--preset", "tiny", "--device", "cuda"], "torch sees no GPU"),
+        (["sample", "--checkpoint", "none"], "none is no folder"),
+    ],
+)
+def test_what_only_a_look_around_can_tell_is_refused_in_one_line(
+    text: Path, arguments: list[str], message: str
+) -> None:
+    assert_refused_here(message, *arguments, cwd=text.parent)
 
 
 def test_what_a_preset_or_a_flag_refuses_is_said_at_once_without_torch(tmp_path: Path) -> None:

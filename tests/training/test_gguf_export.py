@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
-from subprocess import run as run_process
 from typing import Any
 
 import gguf
@@ -19,7 +17,7 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from tests.checkpoints import CHARACTERS, tiny_checkpoint, tiny_model
-from tests.evidence import ROOT
+from tests.training.processes import assert_refused_here, training
 from training import gguf_export
 from training.gguf_export import DType, NoCounterpart, vocabulary_of
 
@@ -212,19 +210,19 @@ def test_a_model_without_a_counterpart_is_refused_by_the_field_in_the_way() -> N
 
 def test_the_command_writes_folder_and_file_and_replaces_nothing(tmp_path: Path) -> None:
     source, target, file = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "out", tmp_path / "out.gguf"
-    assert export(source, target, "--gguf", file, "--dtype", "bf16") == (0, "")
+    process = training("export", source, target, "--gguf", file, "--dtype", "bf16", cwd=tmp_path)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, f"serve it:  make serve CHECKPOINT={target}\n")
     checkpoint.load(target)
     assert len(gguf.GGUFReader(file).tensors) == 3 + 12 * 3
     before = file.read_bytes()
-    assert export(source, tmp_path / "other", "--gguf", file)[0] == 1
+    refuse(source, tmp_path / "other", "--gguf", file)
     assert file.read_bytes() == before
     assert not (tmp_path / "other").exists()
-    code, message = export(source, target, "--gguf", tmp_path / "late.gguf")
-    assert (code, len(message.splitlines())) == (1, 1)
+    refuse(source, target, "--gguf", tmp_path / "late.gguf")
     assert not (tmp_path / "late.gguf").exists()
     (tmp_path / "file").touch()
-    code, message = export(source, tmp_path / "file" / "out", "--gguf", tmp_path / "late.gguf")
-    assert (code, len(message.splitlines())) == (1, 1)
+    refuse(source, tmp_path / "file" / "out", "--gguf", tmp_path / "late.gguf")
     assert not (tmp_path / "late.gguf").exists(), "its folder could not be made, so it would be half an export"
     assert {each.name for each in tmp_path.iterdir()} == {"tiny", "out", "out.gguf", "file"}
 
@@ -233,21 +231,15 @@ def test_the_command_writes_folder_and_file_and_replaces_nothing(tmp_path: Path)
 def test_a_file_and_a_folder_in_each_others_way_are_refused_before_either_is_there(
     tmp_path: Path, folder: str, file: str
 ) -> None:
-    code, said = export(tiny_checkpoint(tmp_path / "tiny"), tmp_path / folder, "--gguf", tmp_path / file)
-    assert (code, len(said.splitlines())) == (1, 1)
-    assert "in each other's way" in said
+    source = tiny_checkpoint(tmp_path / "tiny")
+    refuse(source, tmp_path / folder, "--gguf", tmp_path / file, message="in each other's way")
     assert [each.name for each in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_a_dtype_of_no_file_is_refused(tmp_path: Path) -> None:
-    code, said = export(tiny_checkpoint(tmp_path / "tiny"), tmp_path / "out", "--dtype", "bf16")
-    assert (code, len(said.splitlines())) == (1, 1)
-    assert "add --gguf FILE" in said
+    refuse(tiny_checkpoint(tmp_path / "tiny"), tmp_path / "out", "--dtype", "bf16", message="add --gguf FILE")
     assert not (tmp_path / "out").exists()
 
 
-def export(*arguments: object) -> tuple[int, str]:
-    """The exit code, and what was said on standard error."""
-    command = [sys.executable, "-m", "training", "export", *map(str, arguments)]
-    done = run_process(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stderr
+def refuse(source: Path, *arguments: object, message: str = "") -> None:
+    assert_refused_here(message, "export", source, *arguments, cwd=source.parent)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model import checkpoint
-from tests.training.processes import assert_refused_in_one_line, train, training
+from tests.training.processes import assert_refused_here, assert_refused_in_one_line, said, train, train_here, training
 from training import config as configs
 from training import corpora
 from training.config import BadConfig
@@ -75,14 +75,14 @@ def test_a_run_on_items_is_scored_on_the_items_that_it_has_not_seen(trained: Pat
     assert loaded.training["corpus"] == {"name": "names", "sha256": corpus.digests}
     loss = evaluate(loaded.model, torch.tensor(loaded.tokenizer.encode(corpus.validation))).loss
     assert loss == pytest.approx(loaded.training["validation_loss"], abs=1e-4)
-    process = training("evaluate", "--checkpoint", trained, "--data", names, cwd=names.parent)
-    assert f"validation loss  {loss:.4f}" in process.communicate(timeout=60)[0]
+    _, output = said("evaluate", "--checkpoint", trained, "--data", names, cwd=names.parent)
+    assert f"validation loss  {loss:.4f}" in output
 
 
 def test_new_items_are_written_and_the_known_ones_marked(trained: Path, names: Path) -> None:
     arguments = ("sample", "--checkpoint", trained, "--items", 40, "--data", names, "--seed", 5)
-    first, second = (training(*arguments, cwd=names.parent).communicate(timeout=60)[0] for _ in range(2))
-    assert first == second
+    first, _ = training(*arguments, cwd=names.parent).communicate(timeout=60)
+    assert said(*arguments, cwd=names.parent) == (0, first)
     *lines, count = first.splitlines()
     assert len(lines) == 40
     known = set(corpora.items_from_file(names).train.split())
@@ -102,14 +102,9 @@ def test_items_are_asked_of_who_was_trained_on_these(
     trained: Path, names: Path, tmp_path: Path, of_items: bool, listed: list[str], message: str
 ) -> None:
     (tmp_path / "list.txt").write_text("\n".join(listed))
-    if not of_items:
-        train(tmp_path / "list.txt", "whole", "--steps", 2, "--evaluate-every", 2)
-    folder = trained if of_items else tmp_path / "runs" / "whole" / "step-2"
-    process = training("sample", "--checkpoint", folder, "--items", 3, "--data", "list.txt", cwd=tmp_path)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert message in output
-    assert len(output.splitlines()) == 1
+    folder = trained if of_items else train_here(tmp_path / "list.txt", "whole", "--steps", 2, "--evaluate-every", 2)
+    asked = ("sample", "--checkpoint", folder, "--items", 3, "--data", "list.txt")
+    assert_refused_here(message, *asked, cwd=tmp_path)
 
 
 def test_an_item_ends_at_its_length_and_a_model_that_writes_only_empty_ones_is_given_up(trained: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from markdown_it import MarkdownIt
 from model import checkpoint
 from model.tokenizer import Tokenizer
 from tests.checkpoints import CHARACTERS, tiny_files, tiny_model
-from tests.training.processes import ROOT, VERSE, train_here
+from tests.training.processes import ROOT, VERSE, assert_refused_here, said, train_here, training
 from training import config as configs
 from training import corpora
 from training.config import BadConfig
@@ -272,20 +269,16 @@ def test_a_report_writes_over_nobody_else_s_readme_and_takes_no_other_run_s_hist
     assert [frame["step"] for frame in report["specialisation"]] == [2]
 
 
-def training(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "training", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def test_a_report_stands_beside_its_checkpoint_and_keeps_what_is_no_longer_at_hand(tmp_path: Path) -> None:
     (tmp_path / "verse.txt").write_text(VERSE)
     folder = train_here(tmp_path / "verse.txt", "mine")
     train_here(tmp_path / "verse.txt", "dense", "--num-experts", 1, "--experts-per-token", 1, "--expert-size", 64)
     before = checkpoint.verify(folder)
     report = ("report", "--checkpoint", folder.relative_to(tmp_path), "--data", "verse.txt", "--windows", 4)
-    whole = training(*report, "--run", "runs/mine", "--control", "runs/dense/step-20", cwd=tmp_path)
-    assert whole.stdout == "read it:  runs/mine/step-20/README.md\n", whole.stderr
+    process = training(*report, "--run", "runs/mine", "--control", "runs/dense/step-20", cwd=tmp_path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.splitlines()[-1] == "read it:  runs/mine/step-20/README.md"
     assert checkpoint.verify(folder) == before
     figures = json.loads((folder / "report.json").read_text())
     assert [frame["step"] for frame in figures["specialisation"]] == [10, 20]
@@ -304,8 +297,6 @@ def test_a_report_stands_beside_its_checkpoint_and_keeps_what_is_no_longer_at_ha
     assert "1 experts" not in card
     assert not (of_dense / "specialisation.gif").exists()
     assert json.loads((folder / "report.json").read_text()) == figures
-    training("export", folder, "out", cwd=tmp_path)
+    assert said("export", folder, "out", cwd=tmp_path)[0] == 0
     assert shown <= {path.name for path in (tmp_path / "out").iterdir()}
-    other = training("report", "--checkpoint", folder, "--data", __file__, cwd=tmp_path)
-    assert (other.returncode, len(other.stderr.splitlines())) == (1, 1)
-    assert "trained on another text" in other.stderr
+    assert_refused_here("trained on another text", "report", "--checkpoint", folder, "--data", __file__, cwd=tmp_path)

@@ -12,7 +12,7 @@ import torch
 
 from model import checkpoint
 from tests.checkpoints import TINY, tiny_model
-from tests.training.processes import VERSE, train, train_here, training
+from tests.training.processes import VERSE, said, train, train_here, training
 from training import balance, corpora, runs
 from training import config as configs
 from training.chance import chance_in, noise_weights
@@ -127,8 +127,7 @@ def test_a_step_descends_that_loss_and_not_the_cross_entropy_alone(text: Path) -
 
 def test_export_keeps_what_serving_reads(text: Path) -> None:
     train_here(text, "export")
-    process = training("export", "runs/export/step-20", "shipped", cwd=text.parent)
-    process.communicate(timeout=60)
+    assert said("export", "runs/export/step-20", "shipped", cwd=text.parent)[0] == 0
     shipped = text.parent / "shipped"
     assert not (shipped / runs.RESUME).exists()
     assert (shipped / "README.md").exists()
@@ -138,8 +137,8 @@ def test_export_keeps_what_serving_reads(text: Path) -> None:
 def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(text: Path) -> None:
     train_here(text, "sample")
     arguments = ("sample", "--checkpoint", "runs/sample/step-20", "The", "--length", 60, "--seed", 3)
-    first, second = (training(*arguments, cwd=text.parent).communicate(timeout=60)[0] for _ in range(2))
-    assert first == second
+    first, _ = training(*arguments, cwd=text.parent).communicate(timeout=60)
+    assert said(*arguments, cwd=text.parent) == (0, first)
     assert first.startswith("The")
     assert len(first) == len("The") + 60 + 1
 
@@ -162,10 +161,10 @@ def test_a_run_on_bytes_is_sampled_resumed_and_says_what_it_writes(text: Path, k
     assert loaded.tokenizer.vocab_size == (256 if kind == "byte" else 270)
     assert f"writes {unit} at a time" in (folder / "README.md").read_text()
     asked = ("sample", "--checkpoint", folder, "caf\u00e9", "--length", 50, "--seed", 3)
-    output = training(*asked, cwd=text.parent).communicate(timeout=60)[0]
+    code, output = said(*asked, cwd=text.parent)
     prompt_ids = loaded.tokenizer.encode("caf\u00e9")
     drawn = list(stream(loaded.model, prompt_ids, 50, temperature=0.8, top_k=0, top_p=1.0, seed=3))
-    assert output.replace("\r", "\n") == ("caf\u00e9" + loaded.tokenizer.decode(drawn) + "\n").replace("\r", "\n")
+    assert (code, output) == (0, "caf\u00e9" + loaded.tokenizer.decode(drawn) + "\n")
 
 
 def test_a_text_is_measured_in_tokens_before_it_is_trained_on(text: Path) -> None:
