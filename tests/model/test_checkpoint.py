@@ -20,7 +20,7 @@ from safetensors.torch import save as to_bytes
 from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.config import ModelConfig, UnsupportedConfig
-from tests.checkpoints import tiny_checkpoint, tiny_files, tiny_model
+from tests.checkpoints import plain_files, tiny_checkpoint, tiny_model
 from tests.evidence import At, Evidence
 from training import runs
 
@@ -41,7 +41,7 @@ def test_what_is_loaded_is_what_was_saved_rounded_to_bfloat16(folder: Path) -> N
 
 
 def test_a_size_that_is_only_claimed_is_refused_before_anything_is_made_of_it(tmp_path: Path) -> None:
-    files = tiny_files(tiny_model())
+    files = plain_files()
     config = json.loads(files["config.json"])
     for claim in ({"num_hidden_layers": 2**21}, {"moe_intermediate_size": 2**24}):
         folder = tmp_path / next(iter(claim))
@@ -110,7 +110,7 @@ def test_a_manifest_cannot_name_files_elsewhere(folder: Path) -> None:
 def test_tensors_that_do_not_fit_are_refused_whatever_their_digests(
     tmp_path: Path, change: object, message: str
 ) -> None:
-    files = tiny_files(tiny_model())
+    files = plain_files()
     tensors = from_bytes(files["model.safetensors"])
     assert callable(change)
     change(tensors)
@@ -174,8 +174,8 @@ import itertools, os, sys, torch
 from pathlib import Path
 from typing import Any
 from training import runs
-from tests.checkpoints import tiny_files, tiny_model
-files, state = tiny_files(tiny_model()), {"x": torch.zeros(200_000)}
+from tests.checkpoints import plain_files
+files, state = plain_files(), {"x": torch.zeros(200_000)}
 for line in sys.stdin:
     child = os.fork()
     if child == 0:

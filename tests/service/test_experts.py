@@ -11,7 +11,7 @@ import pytest
 
 from model import checkpoint as files
 from model.checkpoint import RECORD
-from tests.checkpoints import tiny_files, tiny_model
+from tests.checkpoints import plain_files
 from tests.service.conftest import StartServer
 from tests.service.serving import Samples, Server, run_to_the_end, wait_until
 
@@ -26,7 +26,7 @@ WINDOW_S = 300
 
 def checkpoint_with(folder: Path, **record: object) -> Path:
     """The tiny checkpoint with another training record; None takes a field out."""
-    content = tiny_files(tiny_model())
+    content = plain_files()
     told = {**json.loads(content[RECORD]), **record}
     content[RECORD] = json.dumps({name: value for name, value in told.items() if value is not None}).encode()
     files.save(folder, content)

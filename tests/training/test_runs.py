@@ -12,7 +12,7 @@ import torch
 
 from model import checkpoint
 from model.tokenizer import Tokenizer
-from tests.checkpoints import tiny_files, tiny_model
+from tests.checkpoints import plain_files
 from tests.training.processes import start, train, train_here, training
 from training import config as configs
 from training import corpora, runs
@@ -31,7 +31,7 @@ def test_a_run_that_cannot_be_written_is_refused_before_its_text_is_read(text: P
 
 
 def test_the_best_step_outlives_the_newest_two(tmp_path: Path) -> None:
-    history, files = History(), tiny_files(tiny_model())
+    history, files = History(), plain_files()
     for step, loss in enumerate([3.0, 1.5, 2.0, 1.6, 1.9], start=1):
         history.step = step
         history.remember(loss, loss, tokens=10 * step, flops=100 * step)

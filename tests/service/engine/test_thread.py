@@ -24,7 +24,7 @@ from service.engine.runner import TorchRunner
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Ended, FinishReason, SamplingParams, Sequence
 from service.engine.thread import EngineInfo, EnginePhase, EngineThread, NotServing, QueueFull
-from tests.checkpoints import tiny_checkpoint, tiny_files, tiny_model
+from tests.checkpoints import plain_files, tiny_checkpoint, tiny_files, tiny_model
 
 PATIENCE_S = 60
 
@@ -144,7 +144,7 @@ def test_draining_ends_everybody_and_then_the_thread(thread: EngineThread, liste
 
 
 def test_weights_that_compute_something_else_are_never_served(tmp_path: Path, listener: Listener) -> None:
-    files = tiny_files(tiny_model(seed=0))
+    files = plain_files()
     other = tiny_files(tiny_model(seed=1))  # sound weights, but not those that the record was written with
     checkpoint.save(tmp_path / "mixed", {**files, "model.safetensors": other["model.safetensors"]})
     thread = EngineThread(
