@@ -15,7 +15,7 @@ def test_tensorboard_shows_every_step_of_a_resumed_run_once(text: Path) -> None:
     train_here(text, "board")
     run = text.parent / "runs" / "board"
     shutil.rmtree(run / "step-20")
-    train(text, "board", "--resume")
+    train_here(text, "board", resume=True)
     # As TensorBoard's own server reads: scalars are tensors to it.
     board = EventAccumulator(str(run / "tensorboard")).Reload()
     for name in ("loss", "learning_rate_factor", "tokens_per_second"):

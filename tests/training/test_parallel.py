@@ -71,7 +71,7 @@ def test_two_ranks_give_the_loss_of_one_and_one_resumes_what_two_began(text: Pat
     evidence("largest difference of the loss in 100 steps, nats per token", apart)
     assert apart < 1e-4
     shutil.rmtree(text.parent / "runs" / "two" / "step-100")
-    train(text, "two", *arguments, "--resume")
+    train_here(text, "two", *arguments, resume=True)
     assert losses(text.parent / "runs" / "two") == pytest.approx(one, abs=1e-4)
 
 
