@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,29 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.generate import generate
 from tests.checkpoints import tiny_checkpoint
-from tests.service.serving import Server
+from tests.service.here import served_here
+from tests.service.serving import Service
 from tests.training.processes import VERSE, train_here
 from training import config as configs
 
 # Less of everything that costs time, and nothing less of what makes a preset what it is.
 SMALL = ("--hidden-size", 32, "--num-layers", 2, "--expert-size", 16, "--context-length", 32, "--batch-size", 4)
 
-Serve = Callable[[Path], Server]
+Serve = Callable[[Path], Service]
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    started: list[Server] = []
+def serve() -> Iterator[Serve]:
+    with ExitStack() as served:
 
-    def start(folder: Path) -> Server:
-        flags = ("--checkpoint", folder, "--threads", 1, "--slots", 2, "--max-new-tokens", 100)
-        started.append(Server(tmp_path / "log", *flags))
-        return started[-1].wait_until_ready()
+        def serve(folder: Path) -> Service:
+            flags = ("--checkpoint", folder, "--threads", 1, "--slots", 2, "--max-new-tokens", 100)
+            return served.enter_context(served_here(*flags))
 
-    yield start
-    for server in started:
-        server.stop()
+        yield serve
 
 
-def assert_streams(server: Server, loaded: Checkpoint) -> None:
+def assert_streams(server: Service, loaded: Checkpoint) -> None:
     """The service streams the reference's greedy text, and counts every token once for each of its experts."""
     prompt = loaded.tokenizer.fold("The ")
     wanted = generate(loaded.model, loaded.tokenizer.encode(prompt), 20)

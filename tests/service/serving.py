@@ -44,7 +44,46 @@ def run_to_the_end(*flags: object, **environment: str) -> subprocess.CompletedPr
     )
 
 
-class Server:
+class Service:
+    """What listens on a port, and how it is asked."""
+
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self.port = port
+        self.url = f"http://{host}:{port}"
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+
+    def generate(self, prompt: str = "ROMEO:", **body: object) -> httpx.Response:
+        return self.client.post("/generate", json={"prompt": prompt, **body})
+
+    def send(self, **body: object) -> socket.socket:
+        """A request whose answer nobody has read yet; closing the connection is leaving."""
+        content = json.dumps({"prompt": "", **body}).encode()
+        connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE_S)
+        head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        return connection
+
+    def answer(self, prompt: str = "ROMEO:", **body: object) -> dict[str, Any]:
+        """What ``"stream": false`` answers."""
+        response = self.generate(prompt, stream=False, **body)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def events(self, prompt: str = "ROMEO:", **body: object) -> list[Event]:
+        response = self.generate(prompt, **body)
+        assert response.status_code == 200, response.text
+        return parse_events(response.iter_lines())
+
+    def metrics(self) -> "Samples":
+        return Samples.parse(self.client.get("/metrics").text)
+
+    def wait_for(self, **gauges: float) -> None:
+        """Until the gauges ``moescope_<name>`` have these values."""
+        wait_until(lambda: all(self.metrics().total(name) == value for name, value in gauges.items()))
+
+
+class Server(Service):
     """The process. Its log goes to a file, so that it never waits for a reader."""
 
     def __init__(
@@ -56,15 +95,13 @@ class Server:
         module: str = "service",
         host: str = "127.0.0.1",
     ) -> None:
-        self.port = port or free_port()
-        self.url = f"http://{host}:{self.port}"
+        super().__init__(port or free_port(), host)
         self._log = log
         where = ("--host", host, "--port", self.port)
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 command(*where, *flags, module=module), cwd=ROOT, stdout=stdout, stderr=file, text=True
             )
-        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
 
     @property
     def log(self) -> str:
@@ -101,32 +138,6 @@ class Server:
         if self.process.stdout is not None:
             self.process.stdout.close()
 
-    def generate(self, prompt: str = "ROMEO:", **body: object) -> httpx.Response:
-        return self.client.post("/generate", json={"prompt": prompt, **body})
-
-    def send(self, **body: object) -> socket.socket:
-        """A request whose answer nobody has read yet; closing the connection is leaving."""
-        content = json.dumps({"prompt": "", **body}).encode()
-        connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE_S)
-        head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        return connection
-
-    def answer(self, prompt: str = "ROMEO:", **body: object) -> dict[str, Any]:
-        """What ``"stream": false`` answers."""
-        response = self.generate(prompt, stream=False, **body)
-        assert response.status_code == 200, response.text
-        answer: dict[str, Any] = response.json()
-        return answer
-
-    def events(self, prompt: str = "ROMEO:", **body: object) -> list[Event]:
-        response = self.generate(prompt, **body)
-        assert response.status_code == 200, response.text
-        return parse_events(response.iter_lines())
-
-    def metrics(self) -> "Samples":
-        return Samples.parse(self.client.get("/metrics").text)
-
     @property
     def own_memory(self) -> int:
         """Bytes of RssAnon and VmSwap: what it holds that is in no file."""
@@ -141,10 +152,6 @@ class Server:
     def cpu_seconds(self) -> float:
         """All its threads have used so far."""
         return time.clock_gettime(~self.process.pid << 3 | 2)  # clock_getcpuclockid(3): /proc counts in 10 ms only
-
-    def wait_for(self, **gauges: float) -> None:
-        """Until the gauges ``moescope_<name>`` have these values."""
-        wait_until(lambda: all(self.metrics().total(name) == value for name, value in gauges.items()))
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from starlette.types import Receive, Scope, Send
 
 from service import body
 from service import server as edge
-from service.app import create_app
 from service.guard import CrossOrigin, Hosts, split_list
 from service.middleware import RequestScope
 from service.protocol import Bounds
 from service.settings import read_settings
 from tests.service.conftest import StartServer
+from tests.service.here import served_here
 from tests.service.serving import FOR_EVER, PATIENCE_S, Samples, Server, run_to_the_end, wait_until
 
 KEY = "not-for-the-log"
@@ -73,19 +73,12 @@ class Quick:
 
 @pytest.fixture(scope="module")
 def quick(checkpoint: Path) -> Iterator[Quick]:
-    flags = ["--checkpoint", str(checkpoint), "--threads", "1", "--slots", "2", "--max-new-tokens", str(FOR_EVER)]
-    app = create_app(read_settings(flags))
-    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listener:
+    flags = ("--checkpoint", checkpoint, "--threads", 1, "--slots", 2, "--max-new-tokens", FOR_EVER)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(body, "BODY_S", QUICK.body_s)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # little waits in the kernel, unseen
-        server = edge.Server(app, listener, QUICK)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        quick = Quick(server, listener.getsockname()[1])
-        wait_until(lambda: httpx.get(f"http://127.0.0.1:{quick.port}/readyz").status_code == 200)
-        yield quick
-        app.state.engine.drain()
-        thread.join(PATIENCE_S)
+        with served_here(*flags, bounds=QUICK) as here:
+            here.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # little waits in the kernel, unseen
+            yield Quick(here.server, here.port)
 
 
 def read_response(connection: socket.socket) -> httpx.Response:
