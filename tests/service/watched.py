@@ -1,6 +1,7 @@
 """`python -m service` with a window in it, for tests of leaks: at SIGUSR1 it tells which asyncio tasks there are.
 
-STALLED_AFTER_S in the environment is its patience with who does not read, where there is no time for the real one.
+For tests that have no time for the real ones there are in the environment STALLED_AFTER_S, its patience with who does
+not read, and PING_S, the silence after which it pings.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import signal
 import sys
 from functools import partial
 
-from service import server
+from service import server, streaming
 from service.__main__ import main
 from service.engine import engine
 from service.protocol import Bounds
@@ -25,5 +26,6 @@ if __name__ == "__main__":
     if patience_s := float(os.environ.get("STALLED_AFTER_S", "0")):
         vars(engine)["STALLED_AFTER_S"] = patience_s
         vars(server)["Bounds"] = partial(Bounds, stalled_s=patience_s)
+    vars(streaming)["PING_S"] = float(os.environ.get("PING_S", streaming.PING_S))
     signal.signal(signal.SIGUSR1, tell)
     sys.exit(main(sys.argv[1:]))
