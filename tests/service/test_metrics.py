@@ -137,11 +137,10 @@ def quickest_scrape(server: Server) -> float:
     return min(seconds)
 
 
-@pytest.mark.parametrize("num_experts", [1024, 4096])
 def test_thousands_of_experts_make_few_series_and_the_sums_stay_true(
-    start_server: StartServer, tmp_path: Path, at: At, evidence: Evidence, num_experts: int
+    start_server: StartServer, tmp_path: Path, at: At, evidence: Evidence
 ) -> None:
-    layers = at(1, 6)
+    layers, num_experts = at((1, 1024), (6, 4096))
     sizes: dict[str, Any] = {"num_layers": layers, "num_experts": num_experts, "expert_size": 16}
     checkpoint = tiny_checkpoint(tmp_path / "many", **sizes)
     server = start_server("--checkpoint", checkpoint, "--slots", 4).wait_until_ready()
@@ -159,7 +158,10 @@ def test_thousands_of_experts_make_few_series_and_the_sums_stay_true(
     (said,) = [line for line in lines if line["event"] == "expert_metrics_by_layer"]
     assert said["series"] == layers * num_experts * 4
     evidence(f"series of /metrics with {layers} x {num_experts:,} experts", series_of(exposition))
-    evidence("milliseconds to answer", 1000 * quickest_scrape(server))
+    milliseconds = 1000 * quickest_scrape(server)
+    evidence("milliseconds to answer", milliseconds)
+    if at.full_size:  # how long it takes says nothing on a busy machine
+        assert milliseconds < 100
 
 
 BALANCE = ("expert_load_entropy_ratio", "expert_max_load_ratio", "experts_idle", "expert_drift_ratio")
