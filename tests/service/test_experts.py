@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from model import checkpoint as files
-from model.checkpoint import RECORD
+from model.checkpoint import RECORD, CheckpointError
+from service.card import ModelCard
 from tests.checkpoints import plain_files
 from tests.service.conftest import StartServer
 from tests.service.serving import Samples, Server, run_to_the_end, wait_until
@@ -118,17 +119,23 @@ def test_the_baseline_is_absent_where_the_checkpoint_has_none(start_server: Star
     assert [told["layers"][0][field] for field in ("baseline_share", "drift")] == [None, None]
 
 
-@pytest.mark.parametrize(
-    "baseline",
-    [SKEWED[:2], [[0.5, 0.5]] * 3, [[1.4, -0.4, 0.0, 0.0]] * 3, [[0.1] * 4] * 3, "even", [["a"] * 4] * 3, [1, 2, 3]],
-    ids=["layers", "experts", "negative", "sum", "text", "texts", "flat"],
-)
-def test_a_baseline_of_another_shape_is_refused_in_one_line(tmp_path: Path, baseline: object) -> None:
-    checkpoint = checkpoint_with(tmp_path / "odd", routing_baseline=baseline)
+def test_a_baseline_of_another_shape_is_refused_in_one_line(tmp_path: Path) -> None:
+    checkpoint = checkpoint_with(tmp_path / "odd", routing_baseline=SKEWED[:2])
     run = run_to_the_end("--checkpoint", checkpoint, "--port", 0)
     assert run.returncode == 1
     assert "training.json has a routing_baseline that does not fit" in run.stderr
     assert len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    [[[0.5, 0.5]] * 3, [[1.4, -0.4, 0.0, 0.0]] * 3, [[0.1] * 4] * 3, "even", [["a"] * 4] * 3, [1, 2, 3]],
+    ids=["experts", "negative", "sum", "text", "texts", "flat"],
+)
+def test_so_is_what_is_no_share_of_each_expert(tmp_path: Path, baseline: object) -> None:
+    with pytest.raises(CheckpointError, match=r"training\.json has a routing_baseline that does not fit") as refused:
+        ModelCard.read(checkpoint_with(tmp_path / "odd", routing_baseline=baseline))
+    assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("window", ["0", "601", "-1", "1.5", "", "abc", "1e2", "٣", "9" * 5000, "5&window=6"])
@@ -151,12 +158,6 @@ def test_it_answers_while_the_model_is_being_loaded(start_server: StartServer) -
     assert [layer["layer"] for layer in told["layers"]] == [0, 1, 2]
     server.wait_until_ready()
     assert experts_of(server)["routed_tokens"] == 0, "what warm-up and probe did is nobody's traffic"
-
-
-def test_it_needs_the_key_where_there_is_one(start_server: StartServer) -> None:
-    server = start_server("--api-key", "a-key").wait_until_ready()
-    assert server.client.get("/experts").status_code == 401
-    assert server.client.get("/experts", headers={"Authorization": "Bearer a-key"}).status_code == 200
 
 
 def test_the_document_tells_its_shape_and_its_window(server: Server) -> None:
