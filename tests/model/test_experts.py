@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.experts import ROW_MULTIPLE, Experts, SparseMoE, padded_layout
+from model.experts import ROW_MULTIPLE, Experts, padded_layout
 from model.router import Router, Routing
 from tests.checkpoints import tiny_model
 
@@ -66,15 +66,6 @@ def test_weights_sum_to_one_and_follow_the_largest_logits() -> None:
     routing = router(torch.randn(100, 32))
     assert torch.equal(routing.expert_ids, routing.logits.argsort(descending=True)[:, :2])
     torch.testing.assert_close(routing.expert_weights.sum(-1), torch.ones(100))
-
-
-def test_the_module_works_alone() -> None:
-    moe = SparseMoE(channels=32, num_experts=4, experts_per_token=2, expert_size=16)
-    for parameter in moe.parameters():
-        torch.nn.init.normal_(parameter)
-    y, routing = moe(torch.randn(2, 5, 32))
-    assert y.shape == (2, 5, 32)
-    assert routing.expert_ids.shape == (10, 2)
 
 
 def test_a_model_s_gradient_can_be_taken_by_torch_func() -> None:
