@@ -7,7 +7,6 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service.conftest import StartServer
 from tests.service.serving import FOR_EVER, Event, Server, parse_events
 
 TIMES = {"timings"}
@@ -99,7 +98,7 @@ def test_log_probabilities_come_with_alternatives_in_both_kinds_of_answer(server
 
 def test_an_expert_that_is_disabled_a_thousand_times_costs_what_it_costs_once(server: Server) -> None:
     def seconds(times: int) -> float:
-        answers = [server.answer(max_new_tokens=30, seed=1, disabled_experts=[[0, 2]] * times) for _ in range(3)]
+        answers = [server.answer(max_new_tokens=1000, seed=1, disabled_experts=[[0, 2]] * times) for _ in range(3)]
         return min(float(answer["timings"]["total_s"]) for answer in answers)
 
     assert seconds(5_000) < 3 * seconds(1)
@@ -195,19 +194,3 @@ def test_a_client_that_leaves_the_queue_is_forgotten(server: Server) -> None:
     for connection in crowd:
         connection.close()
     server.wait_for(requests_running=0)
-
-
-def test_a_full_queue_refuses_and_the_deadline_ends_a_stream_as_timed_out(start_server: StartServer) -> None:
-    server = start_server("--slots", 1, "--queue", 1, "--request-timeout-s", 2).wait_until_ready()
-    with ThreadPoolExecutor() as pool:
-        running = pool.submit(server.events, max_new_tokens=FOR_EVER)
-        server.wait_for(requests_running=1)
-        waiting = server.send(max_new_tokens=FOR_EVER)
-        server.wait_for(requests_queued=1)
-        refused = server.generate()
-        waiting.close()
-    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
-    assert int(refused.headers["retry-after"]) >= 1
-    assert only(running.result(), "done")["finish_reason"] == "timeout"
-    ends = server.metrics().by("requests_total", "outcome")
-    assert (ends["rejected_full"], ends["timeout"]) == (1, 1)

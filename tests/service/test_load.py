@@ -387,8 +387,9 @@ def test_who_waits_too_long_is_a_504_and_who_runs_too_long_ends_as_timed_out(
     start_server: StartServer, at: At, evidence: Evidence
 ) -> None:
     wait_s, waiting = at(1, 5), at(4, 100)
-    server = start_server("--slots", 2, "--queue-timeout-s", wait_s).wait_until_ready()
-    began, running, refused = asyncio.run(two_run_and_others_wait(server, waiting, 3 * wait_s))
+    flags = ("--slots", 2, "--queue-timeout-s", wait_s, "--request-timeout-s", 3 * wait_s)
+    server = start_server(*flags).wait_until_ready()
+    began, running, refused = asyncio.run(two_run_and_others_wait(server, waiting))
     outcomes = server.metrics().by("requests_total", "outcome")
     late = [told for told in refused if told.status == 504]
     evidence("seconds that the queue may take", wait_s)
@@ -412,11 +413,9 @@ def test_who_waits_too_long_is_a_504_and_who_runs_too_long_ends_as_timed_out(
     assert (outcomes["rejected_deadline"], outcomes["timeout"]) == (len(late), 2)
 
 
-async def two_run_and_others_wait(
-    server: Server, waiting: int, timeout_s: float
-) -> tuple[float, list[Told], list[Told]]:
+async def two_run_and_others_wait(server: Server, waiting: int) -> tuple[float, list[Told], list[Told]]:
     """When the queue began; what the two heard, and what the others."""
-    running = [asyncio.create_task(ask(server.port, {**ENDLESS, "timeout_s": timeout_s})) for _ in range(2)]
+    running = [asyncio.create_task(ask(server.port, ENDLESS)) for _ in range(2)]
     await until_running(server, 2)
     began = time.monotonic()
     refused = await at_once(ask(server.port, {"stream": number % 2 == 0}) for number in range(waiting))
