@@ -53,8 +53,8 @@ def test_sigterm_with_32_streams_in_flight_ends_each_once_and_the_quick_ones_com
     drains = []
     for _ in range(at(1, 20)):
         server = start_server("--slots", 32, "--grace-s", 5).wait_until_ready()
-        # About a second's work: not over before all flow, and over within the grace time.
-        quick = 1000 if server.client.get("/info").json()["runner"] == "native" else 50
+        # Half a second's work: not over before all flow, and over within the grace time, on a busy machine too.
+        quick = 500 if server.client.get("/info").json()["runner"] == "native" else 50
         drains.append(asyncio.run(drain_in_flight(server, [FOR_EVER] * 16 + [quick] * 16)))
     heard = [len(told.arrived) for drained in drains for told in drained]
     for drained in drains:

@@ -462,7 +462,6 @@ def test_a_row_that_is_not_finite_says_so_and_leaves_its_neighbours_alone(step: 
     assert again.is_finite.all()
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux tells a thread where to run")
 def test_who_is_cleared_takes_nothing_from_his_neighbours(step: ctypes.CDLL) -> None:
     """A ring that no vector's length divides, whose places the step and the cache must count alike."""
     model = record.as_served(tiny_model(context_length=40)).requires_grad_(False)
@@ -479,6 +478,7 @@ def test_who_is_cleared_takes_nothing_from_his_neighbours(step: ctypes.CDLL) -> 
     assert told[0].equal(told[1])
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux tells a thread where to run")
 def test_two_threads_that_have_one_core_do_not_spin_for_each_other(native_step: ctypes.CDLL) -> None:
     model, batch = checkpoint.load(SHIPPED).model, batch_of(torch.tensor([5]), torch.tensor([0]), torch.tensor([40]))
     cores = os.sched_getaffinity(0)
