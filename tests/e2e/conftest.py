@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
@@ -27,6 +28,20 @@ class Visit:
         self.page.on("console", self._on_console)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", self._on_request)
+
+    def hurry(self, times: int) -> Self:
+        """Makes the page's time run faster, from a reload on; it notes for how long it wanted to wait."""
+        self.page.add_init_script(
+            f"""(() => {{
+                const {{ setTimeout }} = window;
+                const now = performance.now.bind(performance);
+                window.waits = [];
+                window.setTimeout = (step, ms) => [waits.push(ms), setTimeout(step, ms / {times})][1];
+                performance.now = () => {times} * now();
+            }})()"""
+        )
+        self.page.reload()
+        return self
 
     def _on_console(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):  # a violated policy shows up here as well

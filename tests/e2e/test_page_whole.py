@@ -207,7 +207,7 @@ def test_behind_a_prefix_and_with_a_key_everything_works_and_python_takes_the_ke
 def test_the_servers_work_is_shown_live_and_nobody_asks_for_it_unseen(
     reported_server: Server, open_page: OpenPage
 ) -> None:
-    visit = open_page(reported_server)
+    visit = open_page(reported_server).hurry(times=10)
     page = visit.page
     page.get_by_role("radio", name="Server").check()
     for tokens in (300, 3000):

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from tests.checkpoints import tiny_checkpoint
-from tests.e2e.conftest import OpenPage, Visit
+from tests.e2e.conftest import OpenPage
 from tests.e2e.reading import (
     PATIENCE_MS,
     choose_layer,
@@ -56,21 +56,6 @@ def serve(checkpoint: Path, tmp_path: Path) -> Iterator[Serve]:
 def kill(server: Server) -> None:
     server.process.kill()
     server.process.wait()
-
-
-def hurry(visit: Visit, times: int) -> Visit:
-    """Makes the page's time run faster; it notes for how long it wanted to wait."""
-    visit.page.add_init_script(
-        f"""(() => {{
-            const {{ setTimeout }} = window;
-            const now = performance.now.bind(performance);
-            window.waits = [];
-            window.setTimeout = (step, ms) => [waits.push(ms), setTimeout(step, ms / {times})][1];
-            performance.now = () => {times} * now();
-        }})()"""
-    )
-    visit.page.reload()
-    return visit
 
 
 def pauses(page: Page) -> list[int]:
@@ -158,7 +143,7 @@ def test_after_a_shutdown_the_figures_go_on_where_they_were(serve: Serve, open_p
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_the_waiting_for_a_server_can_be_stopped(serve: Serve, open_page: OpenPage, how: str) -> None:
     server = serve()
-    visit = hurry(open_page(server, settings(max_new_tokens=4096), slowly=True), times=20)
+    visit = open_page(server, settings(max_new_tokens=4096), slowly=True).hurry(times=20)
     page = visit.page
     generate(page)
     wait_for_letters(page, 50)
@@ -211,20 +196,20 @@ def test_a_page_that_finds_another_model_behind_it_is_built_anew(
 
 def test_after_two_minutes_it_gives_up_and_keeps_the_text(serve: Serve, open_page: OpenPage) -> None:
     server = serve()
-    page = hurry(open_page(server, settings(max_new_tokens=4096), slowly=True), times=20).page
+    page = open_page(server, settings(max_new_tokens=4096), slowly=True).hurry(times=20).page
     generate(page)
     wait_for_letters(page, 50)
     kill(server)
     words = r"It could not be picked up again for two minutes\. What arrived is kept\."
     expect_state(page, re.compile(rf"^The connection was lost after \d+ tokens\. {words}$"))
     assert pauses(page)[:6] == [500, 1000, 2000, 4000, 5000, 5000]
-    assert 100_000 < sum(pauses(page)) <= 125_000
+    assert 60_000 < sum(pauses(page)) <= 125_000  # what the tries themselves take comes on top
     assert letters(page).count() >= 50
 
 
 def test_a_server_that_falls_silent_is_asked_again(serve: Serve, open_page: OpenPage) -> None:
     server = serve()
-    page = hurry(open_page(server, settings(max_new_tokens=2000), slowly=True), times=6).page
+    page = open_page(server, settings(max_new_tokens=2000), slowly=True).hurry(times=6).page
     generate(page)
     wait_for_letters(page, 50)
     server.signal(signal.SIGSTOP)  # its connections stay open
@@ -301,7 +286,7 @@ def test_a_damaged_stream_goes_on_after_its_last_good_event(server: Server, open
 
 
 def test_a_failure_that_would_come_again_ends_the_text(server: Server, open_page: OpenPage) -> None:
-    page = hurry(open_page(server, settings()), times=20).page
+    page = open_page(server, settings()).hurry(times=20).page
     interference = Interference(page, server, ends_in_error("non_finite"))
     generate(page)
     expect_state(page, "The test broke it. The text ends here.")
@@ -309,7 +294,7 @@ def test_a_failure_that_would_come_again_ends_the_text(server: Server, open_page
 
 
 def test_a_refusal_that_would_come_again_ends_the_text_in_words(server: Server, open_page: OpenPage) -> None:
-    page = hurry(open_page(server, settings()), times=20).page
+    page = open_page(server, settings()).hurry(times=20).page
     interference = Interference(page, server, just_ends, refusal(403))
     generate(page)
     expect_state(page, "The connection was lost after 50 tokens. The test refuses it. What arrived is kept.")
@@ -318,7 +303,7 @@ def test_a_refusal_that_would_come_again_ends_the_text_in_words(server: Server, 
 
 
 def test_it_asks_again_when_the_server_says_but_within_ten_seconds(server: Server, open_page: OpenPage) -> None:
-    page = hurry(open_page(server, settings()), times=5).page
+    page = open_page(server, settings()).hurry(times=5).page
     answers = [refusal(429, **{"Retry-After": "7"}), refusal(503, **{"Retry-After": "60"}), refusal(502)]
     interference = Interference(page, server, just_ends, *answers)
     generate(page)
