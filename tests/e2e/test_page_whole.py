@@ -226,14 +226,14 @@ def test_the_servers_work_is_shown_live_and_nobody_asks_for_it_unseen(
         }"""
     )
     hurried = len(visit.asked)
-    page.evaluate("new Promise((resolve) => setTimeout(resolve, 5000))")  # more than two turns of asking
+    page.evaluate("new Promise((resolve) => setTimeout(resolve, 10000))")  # five turns of asking
     assert len(visit.asked) <= hurried + 1  # one may have been on its way
     page.evaluate("window.unseen = false")
     with page.expect_request("**/experts?window=60"):
         page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     page.get_by_role("radio", name="This text").check()
     hurried = len(visit.asked)
-    page.evaluate("new Promise((resolve) => setTimeout(resolve, 5000))")
+    page.evaluate("new Promise((resolve) => setTimeout(resolve, 10000))")
     assert len(visit.asked) <= hurried + 1
 
 
