@@ -72,7 +72,8 @@ def _control(report: dict[str, Any]) -> str:
         key, form = named.split(":")
         lines.append(f"| {what} | {mixture[key]:{form}} | {dense[key]:{form}} |")
     gain = dense["validation_loss"] - mixture["validation_loss"]
-    verdict = f"The mixture is {abs(gain):.4f} nats per token {'better' if gain > 0 else 'worse'} than its control, of one run each."
+    than = f"{'better' if gain > 0 else 'worse'} than its control, of one run each"
+    verdict = f"The mixture is {abs(gain):.4f} nats per token {than}."
     head = ["## The control", "", "The same data and steps with other experts.", "", "| | this model | control |"]
     return "\n".join([*head, "|---|---|---|", *lines, "", verdict])
 
