@@ -6,7 +6,6 @@ Prints a table for people and one JSON line for machines, which is also kept in 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.client import BrokenAnswer
 from benchmarks.engine import EngineProcess, engine_process
-from benchmarks.over_http import NoServer, Target, server_process
-from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
-from benchmarks.workload import Workload
+from benchmarks.over_http import Target, server_process
+from benchmarks.record import RESULTS, Result, take
+from benchmarks.workload import REQUESTS, Workload
 from model.machine import usable_cpus
 from service.engine.loading import EngineOptions
 
@@ -34,14 +32,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N", help="at the same time")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of engine and HTTP in turn")
-    parser.add_argument("--requests", type=int, default=2, metavar="N", help="of each stream in a round")
+    parser.add_argument("--requests", type=int, default=200, metavar="N", help=REQUESTS)
     parser.add_argument("--new-tokens", type=int, default=150, metavar="N")
     parser.add_argument("--prompt-characters", type=int, default=64, metavar="N")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     return parser.parse_args(arguments)
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> Result:
     """What was measured, and the figures of each number of streams."""
     workload = Workload(arguments.requests, arguments.new_tokens, arguments.prompt_characters)
     trials: dict[int, tuple[list[Any], list[Any]]] = {streams: ([], []) for streams in arguments.streams}
@@ -52,7 +50,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 if subject:
                     kept.append(subject.trial(workload, streams))
     facts = asdict(engine.info) if engine else target.info if target else {}
+    elsewhere = {"checkpoint": arguments.server, "manifest": facts["checkpoint"], "cores_of_others": None}
     return {
+        **(elsewhere if arguments.server else {}),
         **{name: facts[name] for name in ("runner", "device", "threads")},
         "torch": facts["torch_version"] if engine else facts["versions"]["torch"],
         "figures": [report.figures(streams, *pair) for streams, pair in trials.items()],
@@ -74,29 +74,15 @@ def _target(arguments: argparse.Namespace, stack: ExitStack) -> Target | None:
     return stack.enter_context(server_process(arguments.checkpoint, max(arguments.streams), arguments.threads))
 
 
+def table(result: Result) -> str:
+    head = "{checkpoint}: {runner} on {device}, {threads} threads, torch {torch}; {rounds} rounds of requests of"
+    tail = "{prompt_characters} characters and {new_tokens} tokens, {requests} of them where a stream is alone"
+    return f"{head.format_map(result)}\n{tail.format_map(result)}\n{report.table(result['figures'])}"
+
+
 def main() -> int:
     arguments = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the server would go on without us
-    start = clocks()
-    try:
-        measured = measure(arguments)
-    except (BrokenAnswer, NoServer, OSError, EOFError) as error:
-        print(f"benchmarks: {error or 'the engine has ended'}", file=sys.stderr)
-        return 1
-    asked = ("rounds", "requests", "new_tokens", "prompt_characters")
-    result = {
-        "machine": {**machine(), "cores_of_others": None if arguments.server else cores_of_others(start)},
-        "checkpoint": arguments.server or str(arguments.checkpoint),
-        **{name: getattr(arguments, name) for name in asked},
-        **measured,
-    }
-    print("{checkpoint}: {runner} on {device}, {threads} threads, torch {torch}; each stream had".format_map(result))
-    print("{rounds} x {requests} requests of {prompt_characters} characters and {new_tokens} tokens".format_map(result))
-    print(report.table(measured["figures"]))
-    if (others := result["machine"]["cores_of_others"] or 0) > 0.1:
-        print(f"Do not trust this: other programs kept {others:.1f} cores busy meanwhile.")
-    keep(arguments.results, "engine" if arguments.only == "engine" else "http", result)
-    return 0
+    return 0 if take("engine" if arguments.only == "engine" else "http", arguments, measure, table) else 1
 
 
 if __name__ == "__main__":

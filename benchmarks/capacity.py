@@ -1,9 +1,9 @@
 """``python -m benchmarks.capacity``: how many requests a second replicas take, simulated on measured step times.
 
 Requests come by chance (Poisson) and want texts of a mean length (exponential). A replica decodes all its rows in one
-step; how long that takes is interpolated from ``benchmarks/results/engine-*.json``, whose rates include the reading of
-prompts. Who finds no slot waits, who finds no place in any queue is refused. Each goes to the emptier of two replicas,
-as with Ray. HTTP, proxy and network cost nothing here. Prints the table of docs/scale.md.
+step; how long that takes is interpolated from what ``python -m benchmarks`` has measured of the engine, whose rates
+include the reading of prompts. Who finds no slot waits, who finds no place in any queue is refused. Each goes to the
+emptier of two replicas, as with Ray. HTTP, proxy and network cost nothing here. Prints the table of docs/scale.md.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import argparse
 import heapq
 import json
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
 
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, Result, Trouble, kept, refusing
 
 StepTime = Callable[[int], float]
 """Seconds of a step with so many rows."""
@@ -142,13 +143,25 @@ def most_per_second(service: Service, *, within_s: float, requests: int, tokens:
     return low, found
 
 
-def newest(results: Path) -> Path:
-    return max(results.glob("engine-*.json"))
+def measured_rates(file: Path | None, results: Path = RESULTS) -> tuple[Path, Result]:
+    """A record of the engine's rates, the newest there is unless one is named. Raises Trouble, OSError."""
+    for path in [file] if file else kept("engine", "http", folder=results):
+        try:
+            record: Result = json.loads(path.read_text())
+            if len([each["engine"]["tokens_per_second"] for each in record["figures"]]) > 1:
+                return path, record
+        except (ValueError, KeyError, TypeError):  # another record, or one of a server that was elsewhere
+            continue
+    raise Trouble(
+        f"{file or results} has no rates of the engine at several numbers of streams: run python -m benchmarks"
+    )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="How many requests a second replicas can take.")
-    parser.add_argument("--engine", type=Path, help="measured rates; otherwise the newest in benchmarks/results")
+    parser.add_argument(
+        "--engine", type=Path, metavar="FILE", help="a record of python -m benchmarks; or else the newest"
+    )
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4, 16])
     parser.add_argument("--slots", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--queue", type=int, default=256)
@@ -157,9 +170,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts-a-day", type=float, default=5, help="of one user; at the peak three times as dense")
     parser.add_argument("--requests", type=int, default=4000, help="simulated for each replica, 4,000 at least in all")
     asked = parser.parse_args(arguments)
-    measured = json.loads((asked.engine or newest(RESULTS)).read_text())
+    found = refusing("capacity", lambda: measured_rates(asked.engine))
+    if found is None:
+        return 1
+    path, measured = found
     step_s = step_times({each["streams"]: each["engine"]["tokens_per_second"] for each in measured["figures"]})
-    print(f"{measured['runner']}, {measured['threads']} threads a replica, {measured['date'][:10]}\n")
+    print(f"{measured['runner']}, {measured['threads']} threads a replica, {path.name}\n")
     print("| replicas | slots each | requests/s | first token, p95 | between tokens | users |")
     print("|---|---|---|---|---|---|")
     for slots in asked.slots:
@@ -170,7 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             users = rate * A_DAY_S / PEAK / asked.texts_a_day
             first, following = 1000 * outcome.p95(), 1000 * outcome.token_s
             print(f"| {replicas} | {slots} | {rate:.1f} | {first:.0f} ms | {following:.1f} ms | {users:,.0f} |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
+from benchmarks.record import Trouble
 from benchmarks.workload import Request
 
 PATIENCE_S = 60.0
@@ -64,7 +65,7 @@ def openai(model: str, **more: Any) -> Dialect:
     return Dialect("/v1/completions", body, b'"text":"', b'"text":""', b"data: [DONE]\n", usage)
 
 
-class BrokenAnswer(Exception):
+class BrokenAnswer(Trouble):
     """The server did not answer what was asked."""
 
 

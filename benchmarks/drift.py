@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.record import RESULTS, keep
+from benchmarks.record import RESULTS, Result, take
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.kv_cache import KVCache
@@ -29,7 +29,7 @@ from model.machine import usable_cpus
 from model.routing import expert_counts
 from model.transformer import Transformer
 from service.expert_window import LEAST_TOKENS, Floats, divergence
-from training import Refused, corpora, sample
+from training import corpora, sample
 from training.record import require_text_of
 
 CHUNK = 250  # so that the least tokens of a window are a whole number of them
@@ -106,27 +106,24 @@ def _spread(name: str, values: Floats, digits: int) -> Figures:
     return {f"{name}_{which}": round(float(value), digits) for which, value in spread.items()}
 
 
-def table(rows: Sequence[Figures]) -> str:
+def table(result: Result) -> str:
+    rows: Sequence[Figures] = result["figures"]
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.rjust, cells, widths)) for cells in lines)
 
 
-def main() -> int:
-    arguments = parse()
+def measure(arguments: argparse.Namespace) -> Result:
     torch.set_num_threads(arguments.threads)
     loaded = checkpoint.load(arguments.checkpoint)
     baseline = np.array(loaded.training["routing_baseline"])
-    try:
-        read = {name: counts_by_chunk(loaded.model, ids) for name, ids in texts(loaded, arguments).items()}
-    except Refused as reason:
-        print(f"benchmarks.drift: {reason}", file=sys.stderr)
-        return 1
+    read = {name: counts_by_chunk(loaded.model, ids) for name, ids in texts(loaded, arguments).items()}
     rows = [figures(name, counts, window, baseline) for name, counts in read.items() for window in arguments.windows]
-    told = [row for row in rows if row]
-    print(table(told))
-    keep(arguments.results, "drift", {"checkpoint": loaded.manifest.name, "figures": told})
-    return 0
+    return {"figures": [row for row in rows if row]}
+
+
+def main() -> int:
+    return 0 if take("drift", parse(), measure, table) else 1
 
 
 if __name__ == "__main__":

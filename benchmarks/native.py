@@ -2,8 +2,9 @@
 
 At one row a step is bound by how fast weights arrive, so its bytes stand beside the bandwidth of memory and of the last
 level of the cache; at many rows by multiplication, so its operations stand beside the quicker of torch's matrix
-products. Also: how fast prompts are read, by torch too. Everything takes its turn in every round. Prints a table for
-people and one JSON line for machines, which is also kept in benchmarks/results/.
+products. Also: how fast prompts are read, by torch too. Everything takes its turn in every round, a few times over, of
+which the best counts; what is told are the medians of these bests. Prints a table for people and one JSON line for
+machines, which is also kept in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
+from benchmarks.record import RESULTS, Result, take
 from model import checkpoint
 from model.config import ModelConfig
 from model.experts import ROW_MULTIPLE
@@ -41,6 +42,7 @@ BEYOND_CACHE = 2**28
 WITHIN_CACHE = 12 * 2**20
 """Bytes that are read for the bandwidth of memory, and of a cache that is larger than those of the cores."""
 BURST_S = 0.003
+TRIES = 5
 PRODUCTS: list[Callable[[Tensor], Tensor]] = [lambda square: square @ square]
 """Torch's own product, and that of oneDNN where torch has it: MKL reaches half of an AMD's peak."""
 if torch.backends.mkldnn.is_available():
@@ -58,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--position", type=int, default=139, metavar="N", help="of all rows; 139 is the middle of a race"
     )
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 256, 1000], metavar="N", help="their lengths")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help=f"each the best of {TRIES} tries")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     return parser.parse_args(arguments)
 
@@ -137,8 +139,8 @@ def _active_weights(config: ModelConfig) -> int:
     return config.num_layers * layer + config.vocab_size * config.hidden_size
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the rounds; a share is of one round's figures, since a machine that slows down slows both."""
+def measure(arguments: argparse.Namespace) -> Result:
+    """Medians over the rounds of each one's best try; a share is of one round's figures: who slows down slows both."""
     torch.set_num_threads(arguments.threads)
     loaded = checkpoint.load(arguments.checkpoint, "cpu")
     config, position = loaded.config, arguments.position
@@ -151,17 +153,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     told: dict[tuple[str, int], list[float]] = defaultdict(list)
     parts: dict[int, list[Tensor]] = defaultdict(list)
     for _ in range(arguments.rounds):
-        gemm = 2 * MATRIX**3 / min(_seconds(partial(product, square)) for _ in range(5) for product in PRODUCTS)
-        memory = BEYOND_CACHE / min(_seconds(large.sum) for _ in range(2))
-        cache = WITHIN_CACHE / min(_seconds(small.sum) for _ in range(9))
+        gemm = 2 * MATRIX**3 / min(_seconds(partial(product, square)) for _ in range(TRIES) for product in PRODUCTS)
+        memory = BEYOND_CACHE / min(_seconds(large.sum) for _ in range(TRIES))
+        cache = WITHIN_CACHE / min(_seconds(small.sum) for _ in range(TRIES))
         for name, value in (("gemm", gemm), ("memory", memory), ("cache", cache)):
             told[name, 0].append(value / 1e9)
         for rows in arguments.rows:
-            trials = [subject.step(rows, arguments.threads) for _ in range(5)]
+            trials = [subject.step(rows, arguments.threads) for _ in range(TRIES)]
             seconds = min(step_s for step_s, _ in trials)
             parts[rows].append(min((of_step for _, of_step in trials), key=lambda each: each.sum().item()))
             told["step", rows].append(seconds)
-            told["alone", rows].append(min(subject.step(rows, 1)[0] for _ in range(3)))
+            told["alone", rows].append(min(subject.step(rows, 1)[0] for _ in range(TRIES)))
             told["of gemm", rows].append(operations(config, position) * rows / seconds / gemm)
             if rows == 1:  # several share what they read
                 told["of memory", rows].append(active_bytes(config, position) / seconds / memory)
@@ -170,7 +172,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for length in arguments.prompts:
             for name, runner in (("native", subject.runner), ("torch", plain)):
                 told[name, length].append(
-                    min(_seconds(partial(read, runner, config.vocab_size, length)) for _ in range(3))
+                    min(_seconds(partial(read, runner, config.vocab_size, length)) for _ in range(TRIES))
                 )
     middle = {key: statistics.median(values) for key, values in told.items()}
     return {
@@ -200,8 +202,12 @@ def _figures(rows: int, middle: dict[tuple[str, int], float], parts: list[Tensor
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Result) -> str:
     steps = result["steps"]
+    limits = (
+        "{gemm_gflops} GFLOP/s in the quicker of torch's products, {memory_gb_s} GB/s from memory, "
+        "{cache_gb_s} GB/s from the cache"
+    )
     lines = [["rows", *(f"{step['rows']}" for step in steps)]]
     lines += [["tokens/s", *(f"{step['tokens_per_second']:,}" for step in steps)]]
     lines += [["1 thread", *(f"{step['by_one_thread']:,}" for step in steps)]]
@@ -209,32 +215,14 @@ def table(result: dict[str, Any]) -> str:
     for share in (name.replace(" ", "_") for name in SHARES):
         lines += [[share.replace("_", " "), *(f"{step[share]:.0%}" if share in step else "" for step in steps)]]
     lines += [[part, *(f"{step['parts'][part]:.1%}" for step in steps)] for part in PARTS]
-    told = ["  ".join([name.ljust(9), *(cell.rjust(7) for cell in cells)]).rstrip() for name, *cells in lines]
+    told = [limits.format_map(result)]
+    told += ["  ".join([name.ljust(9), *(cell.rjust(7) for cell in cells)]).rstrip() for name, *cells in lines]
     told += ["prompt of {length}: {native:,} tokens/s, torch {torch:,}".format_map(row) for row in result["prompts"]]
     return "\n".join(told)
 
 
 def main() -> int:
-    arguments, started = parse(), clocks()
-    try:
-        measured = measure(arguments)
-    except NoLibrary as reason:
-        print(f"benchmarks.native: {reason}", file=sys.stderr)
-        return 1
-    result = {
-        "machine": {**machine(), "cores_of_others": cores_of_others(started)},
-        **{name: getattr(arguments, name) for name in ("threads", "position", "rounds")},
-        "checkpoint": str(arguments.checkpoint),
-        **measured,
-    }
-    limits = (
-        "{gemm_gflops} GFLOP/s in the quicker of torch's products, {memory_gb_s} GB/s from memory, "
-        "{cache_gb_s} GB/s from the cache"
-    )
-    print(limits.format_map(result))
-    print(table(result))
-    keep(arguments.results, "native", result)
-    return 0
+    return 0 if take("native", parse(), measure, table) else 1
 
 
 if __name__ == "__main__":

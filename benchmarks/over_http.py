@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import client
+from benchmarks.record import Trouble, clocks
 from benchmarks.workload import Workload
 
+ENDING_S = 30.0
 
-class NoServer(Exception):
+
+class NoServer(Trouble):
     """There is nothing to measure."""
 
 
 @dataclass(frozen=True)
 class HttpTrial:
-    """One closed loop as its clients saw it. server_cpu_seconds is None for a server that is not ours."""
+    """One closed loop as its clients saw it. What is of the server or beside it is None if the server is elsewhere.
+
+    others_cpu_seconds are what all the machine's other processes took meanwhile.
+    """
 
     answers: list[client.Answer]
     client_cpu_seconds: float
     server_cpu_seconds: float | None
+    others_cpu_seconds: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -36,9 +44,12 @@ class HttpTrial:
 
     @property
     def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def seconds(self) -> float:
         """From the first request to the last end, like the engine's."""
-        began = min(answer.sent_at for answer in self.answers)
-        return self.tokens / (max(answer.ended_at for answer in self.answers) - began)
+        return max(answer.ended_at for answer in self.answers) - min(answer.sent_at for answer in self.answers)
 
 
 class Target:
@@ -61,9 +72,16 @@ def measure(
     """One closed loop on a server that has been warmed up. Raises BrokenAnswer, OSError."""
     client.closed_loop(url, workload.warm_up().queues(vocabulary, streams), dialect)
     queues = workload.queues(vocabulary, streams)
-    own, server = time.process_time(), cpu_seconds(pid)
+    before = _cpu_clocks(pid)
     answers = client.closed_loop(url, queues, dialect)
-    return HttpTrial(answers, time.process_time() - own, cpu_seconds(pid) - server if pid else None)
+    own, server, everybody = (now - then for now, then in zip(_cpu_clocks(pid), before, strict=True))
+    return HttpTrial(answers, own, server, everybody - own - server) if pid else HttpTrial(answers, own, None)
+
+
+def _cpu_clocks(pid: int | None) -> tuple[float, float, float]:
+    """Seconds of this process, of the server and of all processes on the machine."""
+    _, everybody, _ = clocks()
+    return time.process_time(), cpu_seconds(pid), everybody
 
 
 def cpu_seconds(pid: int | None) -> float:
@@ -90,17 +108,28 @@ def family(pid: int | None) -> list[int]:
 
 
 @contextmanager
+def started(command: Sequence[object], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that is told to end; what has not ended in time, and what it leaves behind, is killed."""
+    with subprocess.Popen(list(map(str, command)), text=True, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_S)
+            with suppress(ProcessLookupError):  # all gone
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
 def server_process(checkpoint: Path, slots: int, threads: int, runner: str = "auto") -> Iterator[Target]:
     """Raises NoServer when it does not start; it has said why."""
     sizes = ("--slots", slots, "--threads", threads)
     flags = ("--port", 0, "--checkpoint", checkpoint, *sizes, "--runner", runner, "--log-level", "warning")
-    command = [sys.executable, "-m", "service", *map(str, flags)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "service", *flags]
+    with started(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        try:
-            _, is_ready, url = process.stdout.readline().partition("is ready: ")
-            if not is_ready:
-                raise NoServer("the server did not start")
-            yield Target(url.strip(), process.pid)
-        finally:
-            process.terminate()
+        _, is_ready, url = process.stdout.readline().partition("is ready: ")
+        if not is_ready:
+            raise NoServer("the server did not start")
+        yield Target(url.strip(), process.pid)

@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, machine
+from benchmarks.record import RESULTS, commit, machine, write
 from model.machine import usable_cpus
 from training.config import BadConfig, from_preset
 
@@ -130,11 +130,11 @@ def record_of(name: str, seed: int) -> Path:
 
 
 def keep(name: str, seed: int, threads: int, training: dict[str, Any]) -> Path:
-    about = {"row": name, "seed": seed, "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine()}
+    date = f"{datetime.now(UTC):%Y-%m-%d}"
+    about = {"row": name, "seed": seed, "date": date, "commit": commit(), "machine": machine()}
     training.pop("known_answer", None)
     path = record_of(name, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "threads": threads, "training": training}) + "\n")
+    write(path, json.dumps({**about, "threads": threads, "training": training}) + "\n")
     print(f"{path}: {training['validation_loss']:.4f}", flush=True)
     return path
 
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     due = [pair for pair in pairs if not record_of(*pair).exists()]
     with ThreadPoolExecutor(given.jobs) as pool:
         kept = list(pool.map(lambda pair: run(pair[0], pair[1], threads), due))
-    PAGE.write_text(with_table(PAGE.read_text()))
+    write(PAGE, with_table(PAGE.read_text()))
     return 0 if all(kept) else 1
 
 

@@ -8,42 +8,49 @@ benchmarks/results/.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.client import BrokenAnswer, Dialect, openai
-from benchmarks.interop import HERE, PEERS, PeerFailed, interpreter_of
-from benchmarks.over_http import HttpTrial, NoServer, measure, peak_mib, server_process
-from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
-from benchmarks.workload import Workload
+from benchmarks import llama_server, report
+from benchmarks.client import Dialect, openai
+from benchmarks.interop import HERE, PEERS, interpreter_of, versions_of
+from benchmarks.over_http import HttpTrial, NoServer, measure, peak_mib, server_process, started
+from benchmarks.record import RESULTS, TROUBLES, Result, Trouble, in_one_line, take
+from benchmarks.workload import REQUESTS, Workload
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.machine import usable_cpus
 from training import gguf_export
 
 STARTING_S = 600.0
+UNFILTERED: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+"""Every server draws from the whole distribution: left alone, some cut its tail and others do not."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """A server that answers: where, as which process, and how it wants to be asked."""
+    """A server that answers: where, as which process, how it wants to be asked, and what it says of itself."""
 
     url: str
     pid: int
     dialect: Dialect
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,63 +79,57 @@ class Setting:
 def moescope(runner: str, setting: Setting) -> Iterator[Running]:
     with server_process(setting.loaded.manifest.folder, setting.slots, setting.threads, runner) as target:
         assert target.pid
-        yield Running(target.url, target.pid, openai(target.info["model"]["name"], seed=1))
+        about = {each: target.info[each] for each in ("runner", "threads", "versions")}
+        yield Running(target.url, target.pid, openai(target.info["model"]["name"], seed=1, **UNFILTERED), about)
 
 
 @contextmanager
 def nobody(_: Setting) -> Iterator[Running]:
     """What the client and the sockets would do if a server took no time."""
-    with _announced("the empty server", [sys.executable, "-m", "benchmarks.empty_server"], "nothing") as running:
-        yield running
+    with started([sys.executable, "-m", "benchmarks.empty_server"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        _, is_ready, url = process.stdout.readline().partition("ready: ")
+        if not is_ready:
+            raise NoServer("the empty server did not start")
+        yield Running(url.strip(), process.pid, openai("nothing", seed=1, **UNFILTERED))
 
 
 @contextmanager
 def llama(dtype: gguf_export.DType, setting: Setting) -> Iterator[Running]:
-    python = interpreter_of(PEERS["llama.cpp"], setting.environments)
-    arguments = (setting.gguf(dtype), setting.slots, setting.context, setting.threads)
-    with _announced("llama.cpp", [python, HERE / "peers" / "serve_llama.py", *arguments], "model") as running:
-        yield running
-
-
-@contextmanager
-def _announced(name: str, command: Sequence[object], model: str) -> Iterator[Running]:
-    """A server that says on a line of its own where it is ready."""
-    with _process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            _, is_ready, url = line.partition("ready: ")
-            if is_ready:
-                yield Running(url.strip(), process.pid, openai(model, seed=1))
-                return
-        raise NoServer(f"{name} did not start")
+    model, program = setting.gguf(dtype), llama_server.program(setting.environments)
+    about, port = llama_server.about(program), _free_port()
+    command = [program, *llama_server.flags(model, setting.slots, setting.context, setting.threads, port)]
+    with _answering(command, port, setting) as process:
+        dialect = openai("model", seed=1, samplers=["temperature"], **UNFILTERED)
+        yield Running(f"http://127.0.0.1:{port}", process.pid, dialect, about)
 
 
 @contextmanager
 def vllm(setting: Setting) -> Iterator[Running]:
     python = interpreter_of(PEERS["vllm"], setting.environments)
-    port = _free_port()
+    about, port = versions_of(PEERS["vllm"], python), _free_port()
     arguments = (setting.loaded.manifest.folder, setting.slots, setting.context, port)
     command = [python, HERE / "peers" / "serve_vllm.py", *arguments]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     cores = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{setting.threads - 1}"}
-    with _process(command, env={**os.environ, **own, **cores}) as process:
-        url = f"http://127.0.0.1:{port}"
-        _wait_for(f"{url}/health", process)
+    with _answering(command, port, setting, {**own, **cores}) as process:
         # Seeded requests end its engine on a CPU: its generator has no offset there.
-        yield Running(url, process.pid, openai("model", ignore_eos=True))
+        dialect = openai("model", ignore_eos=True, **UNFILTERED)
+        yield Running(f"http://127.0.0.1:{port}", process.pid, dialect, about)
 
 
 @contextmanager
 def transformers(setting: Setting) -> Iterator[Running]:
     python = interpreter_of(PEERS["transformers"], setting.environments)
-    folder, port = setting.loaded.manifest.folder.resolve(), _free_port()
+    about, port = versions_of(PEERS["transformers"], python), _free_port()
+    folder = setting.loaded.manifest.folder.resolve()
     command = [python, HERE / "peers" / "serve_transformers.py", folder, setting.slots, port]
     own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(setting.threads)}
-    with _process(command, env={**os.environ, **own}, stdout=subprocess.DEVNULL) as process:
-        url = f"http://127.0.0.1:{port}"
-        _wait_for(f"{url}/health", process)
+    with _answering(command, port, setting, own) as process:
         # A seed would be everybody's. Its last chunk, with the usage, is followed by no [DONE].
-        yield Running(url, process.pid, replace(openai(str(folder)), done=b'"usage":'))
+        options = json.dumps({"do_sample": True, "top_k": 0, "top_p": 1.0})  # of other words it knows none
+        dialect = replace(openai(str(folder), generation_config=options), done=b'"usage":')
+        yield Running(f"http://127.0.0.1:{port}", process.pid, dialect, about)
 
 
 def _free_port() -> int:
@@ -138,15 +139,23 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _process(command: Sequence[object], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(list(map(str, command)), text=True, **options) as process:
-        try:
-            yield process
-        finally:
-            process.terminate()
+def _answering(
+    command: Sequence[object], port: int, setting: Setting, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A server once it says that it is well. Raises NoServer with the last that it said."""
+    log = setting.files / f"{port}.log"
+    with (
+        log.open("w") as file,
+        started(command, env={**os.environ, **(env or {})}, stdout=file, stderr=subprocess.STDOUT) as process,
+    ):
+        if not _is_well(f"http://127.0.0.1:{port}/health", process):
+            said = log.read_text(errors="replace").split("\n")
+            last = next((line for line in reversed(said) if line.strip()), "it said nothing")
+            raise NoServer(f"it did not start ({process.poll()}): {last}")
+        yield process
 
 
-def _wait_for(url: str, process: subprocess.Popen[str]) -> None:
+def _is_well(url: str, process: subprocess.Popen[str]) -> bool:
     deadline = time.monotonic() + STARTING_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -154,8 +163,8 @@ def _wait_for(url: str, process: subprocess.Popen[str]) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)  # it has no other way to say that it is ready
         else:
-            return
-    raise NoServer(f"{url} does not answer")
+            return True
+    return False
 
 
 OURS, EMPTY, ROUNDED = "Moescope", "empty server", "llama.cpp Q8_0"
@@ -179,6 +188,7 @@ class Standing:
     """What one contestant has shown so far, by the number of streams."""
 
     trials: dict[int, list[HttpTrial]]
+    about: dict[str, Any] = field(default_factory=dict)
     peak_mib: float = 0.0
     trouble: str | None = None
 
@@ -193,37 +203,66 @@ def compete(setting: Setting, arguments: argparse.Namespace, workload: Workload)
             print(f"round {number + 1} of {arguments.rounds}: {name}", file=sys.stderr, flush=True)
             try:
                 with CONTESTANTS[name](setting) as server:
+                    standing.about = server.about
                     for streams, kept in standing.trials.items():
                         vocabulary = setting.loaded.tokenizer.tokens
                         kept.append(measure(server.url, workload, streams, vocabulary, server.dialect, server.pid))
                     standing.peak_mib = max(standing.peak_mib, peak_mib(server.pid))
-            except (BrokenAnswer, NoServer, PeerFailed, OSError) as error:
-                standing.trouble = " ".join(str(error).split())[:300] or type(error).__name__
+            except TROUBLES as error:
+                standing.trouble = in_one_line(error)
+                print(f"{name} is out: {standing.trouble}", file=sys.stderr, flush=True)
     return standings
 
 
 def figures(standings: dict[str, Standing]) -> dict[str, Any]:
+    """Who was in trouble has none: some rounds of one are no medians beside all of the others'."""
     return {
         name: {
+            "about": standing.about,
             "peak_mib": round(standing.peak_mib),
             "trouble": standing.trouble,
-            "streams": {streams: report.over_http(trials) for streams, trials in standing.trials.items() if trials},
+            "cores_of_others": report.cores_of_others([each for trials in standing.trials.values() for each in trials]),
+            "streams": {}
+            if standing.trouble
+            else {streams: report.over_http(trials) for streams, trials in standing.trials.items()},
         }
         for name, standing in standings.items()
     }
 
 
+def require_a_race(found: dict[str, Any]) -> None:
+    """Raises Trouble where one of ours has failed, or all peers have."""
+    troubled = {name: each["trouble"] for name, each in found.items() if each["trouble"]}
+    peers = [name for name in found if is_peer(name)]
+    ours = [name for name in troubled if name.startswith(OURS)]
+    for name in ours or (peers if peers and all(name in troubled for name in peers) else []):
+        raise Trouble(f"this was no race, and nothing is kept: {name}: {troubled[name]}")
+
+
+def is_peer(name: str) -> bool:
+    return not name.startswith(OURS) and name not in NO_PEERS
+
+
 def ratios(found: dict[str, Any]) -> dict[int, float]:
-    """Our tokens per second over those of the quickest other with our weights, by the streams that both have served."""
-    best: tuple[dict[int, float], dict[int, float]] = {}, {}
+    """Our tokens per second over those of the quickest other with our weights, by the streams that both have served.
+
+    Medians over the rounds of each round's ratio: a machine that slows down slows all in a round.
+    """
+    ours, theirs = (defaultdict[int, list[list[float]]](list) for _ in range(2))
     for name, each in found.items():
-        if name in NO_PEERS:
-            continue
-        rates = best[not name.startswith(OURS)]
-        for streams, row in each["streams"].items():
-            rates[streams] = max(rates.get(streams, 0.0), row["tokens_per_second"])
-    ours, theirs = best
-    return {streams: round(ours[streams] / theirs[streams], 2) for streams in ours if streams in theirs}
+        if name not in NO_PEERS:
+            for streams, row in each["streams"].items():
+                (theirs if is_peer(name) else ours)[streams].append(row["rounds"])
+    return {
+        streams: round(statistics.median(map(truediv, _quickest(ours[streams]), _quickest(theirs[streams]))), 2)
+        for streams in ours
+        if streams in theirs
+    }
+
+
+def _quickest(contestants: list[list[float]]) -> list[float]:
+    """Of each round."""
+    return [max(rates) for rates in zip(*contestants, strict=True)]
 
 
 def label(name: str) -> str:
@@ -231,8 +270,9 @@ def label(name: str) -> str:
     return f"{name} ({NO_PEERS[name]})" if name in NO_PEERS else name
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown: a line for each number of streams of each contestant."""
+def table(result: Result) -> str:
+    """Markdown: a line for each number of streams of each contestant; then the ratios, and who was in trouble."""
+    found = result["contestants"]
     lines = [
         "| streams | server | tokens/s | first token p50, p95, ms | next token p50, p95, p99 | CPU us/token, client |",
         "|---|---|---|---|---|---|",
@@ -249,6 +289,8 @@ def table(found: dict[str, Any]) -> str:
                 f"{gap['p50']:.2f}, {gap['p95']:.2f}, {gap['p99']:.2f} | {row['cpu_us_per_token']:,.0f}, "
                 f"{row['client_cpu_us_per_token']:.0f} |"
             )
+    lines.append(f"ours over the quickest other, by streams: {result['ratios']}")
+    lines += [f"{name} is out: {each['trouble']}" for name, each in found.items() if each["trouble"]]
     return "\n".join(lines)
 
 
@@ -258,36 +300,33 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N", help="at the same time")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--requests", type=int, default=2, metavar="N", help="of each stream in a round")
+    parser.add_argument("--requests", type=int, default=64, metavar="N", help=REQUESTS)
+    parser.add_argument("--new-tokens", type=int, default=150, metavar="N")
     parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
     parser.add_argument("--environments", type=Path, default=HERE / ".peers", metavar="FOLDER")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     return parser.parse_args(arguments)
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    arguments = parse(given)
-    workload, start = Workload(arguments.requests), clocks()
+def run(arguments: argparse.Namespace) -> Result:
+    """Raises Trouble."""
+    workload = Workload(arguments.requests, arguments.new_tokens)
     with tempfile.TemporaryDirectory() as files:
         loaded = checkpoint.load(arguments.checkpoint)
         setting = Setting(loaded, max(arguments.streams), arguments.threads, arguments.environments, Path(files))
         found = figures(compete(setting, arguments, workload))
-    result = {
-        "machine": {**machine(), "cores_of_others": cores_of_others(start)},
-        "checkpoint": str(arguments.checkpoint),
-        **{name: getattr(arguments, name) for name in ("rounds", "requests", "threads")},
+    require_a_race(found)
+    known = [each["cores_of_others"] for each in found.values() if each["cores_of_others"] is not None]
+    return {
         "prompt_characters": workload.prompt_characters,
-        "new_tokens": workload.new_tokens,
         "contestants": found,
         "ratios": ratios(found),
+        "cores_of_others": max(known, default=None),  # beside whom it was worst
     }
-    print(table(found))
-    print(f"ours over the quickest other, by streams: {result['ratios']}")
-    for name, each in found.items():
-        if each["trouble"]:
-            print(f"{name}: {each['trouble']}")
-    keep(arguments.results, "race", result)
-    return 0
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    return 0 if take("race", parse(given), run, table) else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.race import CONTESTANTS, EMPTY, NO_PEERS, OURS, label
-from benchmarks.record import RESULTS
+from benchmarks.record import newest, refusing
 
 PICTURE = Path("docs/race.svg")
 # Okabe and Ito's, which colour-blind readers can tell apart; each has a mark of its own besides.
@@ -70,7 +70,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(given: Sequence[str] | None = None) -> int:
     arguments = parse(given)
-    record = arguments.record or max(RESULTS.glob("race-*.json"))  # their names end with their days
+    record = arguments.record or refusing("race_picture", lambda: newest("race"))
+    if record is None:
+        return 1
     # A salt and no date: the same record gives the same bytes. Letters as outlines would double the file.
     with rc_context({"svg.hashsalt": "race", "svg.fonttype": "none"}):
         draw(json.loads(record.read_text())).savefig(arguments.out, metadata={"Date": None})

@@ -60,11 +60,18 @@ def _engine(trials: Sequence[EngineTrial]) -> Figures:
 def over_http(trials: Sequence[HttpTrial]) -> Figures:
     answers = [answer for trial in trials for answer in trial.answers]
     return {
+        "requests": len(trials[0].answers),
         **_rates(trials, [trial.server_cpu_seconds for trial in trials]),
         "client_cpu_us_per_token": _per_token(trials, [trial.client_cpu_seconds for trial in trials]),
         "first_token_ms": _percentiles([answer.token_times[0] - answer.sent_at for answer in answers], 50, 95),
         "inter_token_ms": _percentiles([gap for answer in answers for gap in answer.gaps], 50, 95, 99),
     }
+
+
+def cores_of_others(trials: Sequence[HttpTrial]) -> float | None:
+    """How many cores were busy with neither servers nor clients, on average over all trials; None if nobody knows."""
+    known = [trial.others_cpu_seconds for trial in trials if trial.others_cpu_seconds is not None]
+    return round(max(0.0, sum(known)) / sum(trial.seconds for trial in trials), 2) if known else None
 
 
 def _rates(trials: Sequence[EngineTrial | HttpTrial], cpu_seconds: Sequence[float | None]) -> Figures:

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.record import RESULTS, clocks, cores_of_others, keep, machine
+from benchmarks.record import RESULTS, Result, take
 from model.chance import LayerChance
 from model.config import ModelConfig
 from model.experts import Experts
@@ -42,6 +42,24 @@ from training.trainer import fast_products
 
 VOCABULARY = 65  # tiny Shakespeare's
 Seconds = dict[str, list[float]]
+
+
+class DenseLayer(nn.Module):
+    """What a dense model has in place of the mixture: one SwiGLU network for all tokens. Nothing is routed or sorted.
+
+    Its weights have the names of an expert's, by which the optimizer tells matrices.
+    """
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.experts = nn.ParameterDict(
+            {"gate_up": torch.empty(2, size, channels), "down": torch.empty(channels, size)}
+        )
+
+    def forward(self, x: Tensor, disabled: None, chance: None) -> tuple[Tensor, None]:
+        """x (B, T, C) -> (B, T, C), and no routing."""
+        gate, up = F.linear(x, self.experts["gate_up"].flatten(0, 1)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.experts["down"]), None
 
 
 def sorted_slices(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
@@ -75,11 +93,14 @@ def _squares(side: int) -> Tensor:
 
 
 class Subject:
-    """A model, its optimizer and one batch."""
+    """A model, its optimizer and one batch. A mixture of one expert is built as the dense model that it computes."""
 
     def __init__(self, config: ModelConfig, batch_size: int) -> None:
         torch.manual_seed(0)
         self.model = Transformer(config)
+        if config.num_experts == 1:
+            for layer in self.model.layers:
+                layer.moe = DenseLayer(config.hidden_size, config.expert_size)  # type: ignore[assignment]
         for parameter in self.model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
@@ -87,7 +108,7 @@ class Subject:
         self.ids = torch.randint(config.vocab_size, (batch_size, config.context_length))
 
     def forward_backward(self, back_end: str = "grouped_mm") -> None:
-        for layer in self.model.layers:
+        for layer in self.model.layers if self.model.config.num_experts > 1 else ():
             layer.moe.experts.forward = _through(back_end, layer.moe.experts)  # type: ignore[assignment, method-assign]
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -113,7 +134,8 @@ class Subject:
         attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
         attention += config.num_heads * config.head_dim * 2 * config.context_length // 2
         experts = config.experts_per_token * 3 * config.hidden_size * config.expert_size
-        layer = attention + experts + config.hidden_size * config.num_experts
+        router = config.hidden_size * config.num_experts if config.num_experts > 1 else 0
+        layer = attention + experts + router
         per_token = config.num_layers * layer + config.hidden_size * config.vocab_size
         named = self.model.named_parameters()
         return 3 * 2 * self.ids.numel() * per_token + sum(_muon_flops(p.shape) for name, p in named if is_matrix(name))
@@ -157,7 +179,7 @@ class Worker:
         self._pool.shutdown()
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> Result:
     """Medians over the rounds, times in milliseconds."""
     training = configs.from_preset(arguments.preset, {})
     config = training.model_config(VOCABULARY)
@@ -227,7 +249,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 4)
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Result) -> str:
     lines = [
         "{preset}, {threads} threads, torch {torch}: {characters_per_second:,.0f} characters/s",
         "a step of {tokens_per_step:,} took {step_ms:,.0f} ms, {gemm_peak_share:.1%} of {gemm_gflops:,.0f} GFLOP/s",
@@ -257,19 +279,7 @@ def main() -> int:
         os.execve(
             sys.executable, [sys.executable, "-m", "benchmarks.training", *sys.argv[1:]], {**os.environ, **MALLOC}
         )
-    start = clocks()
-    measured = measure(arguments)
-    result = {
-        "machine": {**machine(), "cores_of_others": cores_of_others(start)},
-        "torch": torch.__version__,
-        **{name: getattr(arguments, name) for name in ("preset", "threads", "rounds")},
-        **measured,
-    }
-    print(table(result))
-    if (others := result["machine"]["cores_of_others"]) > 0.1:
-        print(f"Do not trust this: other programs kept {others:.1f} cores busy meanwhile.")
-    keep(arguments.results, "training", result)
-    return 0
+    return 0 if take("training", arguments, measure, table) else 1
 
 
 if __name__ == "__main__":
