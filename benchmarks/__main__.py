@@ -50,7 +50,7 @@ def measure(arguments: argparse.Namespace) -> Result:
                 if subject:
                     kept.append(subject.trial(workload, streams))
     facts = asdict(engine.info) if engine else target.info if target else {}
-    elsewhere = {"checkpoint": arguments.server, "manifest": facts["checkpoint"], "cores_of_others": None}
+    elsewhere = {"checkpoint": arguments.server, "manifest": facts.get("checkpoint"), "cores_of_others": None}
     return {
         **(elsewhere if arguments.server else {}),
         **{name: facts[name] for name in ("runner", "device", "threads")},

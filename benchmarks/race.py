@@ -84,7 +84,7 @@ def moescope(runner: str, setting: Setting) -> Iterator[Running]:
 
 
 @contextmanager
-def nobody(_: Setting) -> Iterator[Running]:
+def nobody(setting: Setting) -> Iterator[Running]:
     """What the client and the sockets would do if a server took no time."""
     with started([sys.executable, "-m", "benchmarks.empty_server"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -100,7 +100,8 @@ def llama(dtype: gguf_export.DType, setting: Setting) -> Iterator[Running]:
     about, port = llama_server.about(program), _free_port()
     command = [program, *llama_server.flags(model, setting.slots, setting.context, setting.threads, port)]
     with _answering(command, port, setting) as process:
-        dialect = openai("model", seed=1, samplers=["temperature"], **UNFILTERED)
+        # Its file has an end of text, which ours has not: see training.gguf_export.
+        dialect = openai("model", seed=1, samplers=["temperature"], ignore_eos=True, **UNFILTERED)
         yield Running(f"http://127.0.0.1:{port}", process.pid, dialect, about)
 
 

@@ -119,12 +119,20 @@ def test_an_answer_that_is_not_what_was_asked_is_no_measurement(pieces: tuple[by
         client.closed_loop(url, [[Request("a", 0, 3)]])
 
 
-def test_no_two_requests_are_alike_and_every_call_asks_the_same() -> None:
-    queues = WORKLOAD.queues(CHARACTERS, streams=4)
-    assert queues == WORKLOAD.queues(CHARACTERS, streams=4)
-    requests = [request for queue in queues for request in queue]
-    assert len({request.prompt for request in requests}) == len({request.seed for request in requests}) == 8
+def test_no_two_requests_are_alike_not_even_in_the_warm_up_and_every_call_asks_the_same() -> None:
+    trials = [each.queues(CHARACTERS, streams) for each in (WORKLOAD, WORKLOAD.warm_up()) for streams in (1, 4)]
+    assert trials[1] == WORKLOAD.queues(CHARACTERS, streams=4)
+    requests = [request for queues in trials for queue in queues for request in queue]
+    assert len(requests) == 2 + 8 + 1 + 4
+    assert len({request.prompt for request in requests}) == len({request.seed for request in requests}) == len(requests)
     assert {len(request.prompt) for request in requests} == {20}
+
+
+def test_many_streams_have_fewer_requests_each_and_more_together() -> None:
+    whole = Workload(requests=64)
+    assert [whole.each(streams) for streams in (1, 8, 32, 64, 1000)] == [64, 16, 6, 4, 2]
+    assert [len(queue) for queue in whole.queues(CHARACTERS, 8)] == [16] * 8
+    assert Workload(requests=1).each(64) == 1
 
 
 def test_percentiles_are_of_all_gaps_and_the_share_is_of_each_round() -> None:
@@ -163,6 +171,19 @@ def test_engine_and_http_take_turns(tmp_path: Path) -> None:
     assert row["share"] == pytest.approx(
         row["http"]["tokens_per_second"] / row["engine"]["tokens_per_second"], rel=0.01
     )
+
+
+@pytest.mark.parametrize("module", ["", ".race", ".counting", ".native", ".drift", ".interop"])
+def test_a_checkpoint_that_is_not_there_is_one_line_and_nothing_is_kept(module: str, tmp_path: Path) -> None:
+    results = () if module == ".interop" else ("--results", str(tmp_path))
+    command = [sys.executable, "-m", f"benchmarks{module}", "--checkpoint", "/nowhere", *results]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[0].endswith(
+        "/nowhere is no folder; --checkpoint names a folder with a manifest.json"
+    )
+    assert len(run.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_names_the_flags() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from benchmarks import capacity
-from benchmarks.capacity import Service, most_per_second, simulate, step_times
+from benchmarks.capacity import Service, measured_rates, most_per_second, simulate, step_times
+from benchmarks.record import Trouble
 
 MEASURED = {1: 115.7, 8: 603.4, 32: 1378.5, 64: 1922.4}
 
@@ -52,6 +56,24 @@ def test_more_replicas_take_more_and_more_slots_too() -> None:
 
 
 def test_the_table_has_a_row_for_every_case(capsys: pytest.CaptureFixture[str]) -> None:
-    capacity.main(["--replicas", "1", "2", "--slots", "8", "--tokens", "30"])
+    assert capacity.main(["--replicas", "1", "2", "--slots", "8", "--tokens", "30"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == ["1", "2"]
+
+
+def test_rates_are_the_newest_that_any_benchmark_of_the_engine_has_kept(tmp_path: Path) -> None:
+    """`make bench` keeps the engine's with those over HTTP; a server that was elsewhere has none."""
+
+    def keep(name: str, **engine: object) -> None:
+        (tmp_path / name).write_text(json.dumps({"figures": [{"streams": n, **engine} for n in (1, 8)]}))
+
+    with pytest.raises(Trouble):
+        measured_rates(None, tmp_path)
+    keep("engine-2026-11-26.json", engine={"tokens_per_second": 1.0})
+    keep("http-2026-11-26T120000.json", engine={"tokens_per_second": 2.0})
+    keep("http-2026-11-27T120000.json", engine=None)
+    (tmp_path / "engine-2026-11-28.json").write_text('{"figures": [')
+    assert measured_rates(None, tmp_path)[0].name == "http-2026-11-26T120000.json"
+    assert measured_rates(tmp_path / "engine-2026-11-26.json")[0].name == "engine-2026-11-26.json"
+    with pytest.raises(Trouble):
+        measured_rates(tmp_path / "http-2026-11-27T120000.json")

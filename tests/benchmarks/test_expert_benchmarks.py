@@ -15,17 +15,24 @@ from tests.checkpoints import tiny_checkpoint, tiny_model
 from tests.service.serving import ROOT
 
 
-def test_the_share_of_counting_is_told_for_every_number_of_streams(tmp_path: Path) -> None:
+def test_the_share_of_counting_is_told_for_both_runners_and_may_not_be_exceeded(tmp_path: Path) -> None:
     tiny = tiny_checkpoint(tmp_path / "tiny")
     flags = ["--checkpoint", tiny, "--streams", 1, 3, "--rounds", 1, "--steps", 3, "--threads", 1]
     command = [sys.executable, "-m", "benchmarks.counting", *map(str, flags), "--results", str(tmp_path / "results")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([*command, "--at-most", "1"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     line = run.stdout.splitlines()[-1]
     (kept,) = (tmp_path / "results").glob("counting-*.json")
     assert kept.read_text() == line + "\n"
-    assert [row["streams"] for row in json.loads(line)["figures"]] == [1, 3]
-    assert all(0 < row["share"] < 1 for row in json.loads(line)["figures"])
+    told = json.loads(line)
+    runners = ["torch"] if told["no_native"] else ["native", "torch"]
+    assert [(row["runner"], row["streams"]) for row in told["figures"]] == [
+        (each, n) for each in runners for n in (1, 3)
+    ]
+    assert all(0 < row["share"] < 1 for row in told["figures"])
+    run = subprocess.run([*command, "--at-most", "0"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert len(run.stderr.splitlines()) == len(told["figures"])
 
 
 def test_a_text_s_drift_is_of_its_own_counts() -> None:

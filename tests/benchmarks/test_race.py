@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import race
+from benchmarks import llama_server, race
 from benchmarks.client import MOESCOPE, closed_loop, openai
-from benchmarks.over_http import NoServer, cpu_seconds, measure, peak_mib
-from benchmarks.race import Running, Setting
+from benchmarks.interop import PeerFailed
+from benchmarks.over_http import HttpTrial, NoServer, cpu_seconds, measure, peak_mib
+from benchmarks.race import UNFILTERED, Running, Setting
 from benchmarks.workload import Workload
 from model import checkpoint
 from tests.checkpoints import CHARACTERS, tiny_checkpoint
@@ -50,7 +51,7 @@ def test_the_empty_server_answers_every_token_and_is_nobody_s_peer(folder: Path,
     with race.nobody(setting) as running:
         answers = closed_loop(running.url, WORKLOAD.queues(CHARACTERS, 3), running.dialect)
     assert [len(answer.token_times) for answer in answers] == [12] * 6
-    row = {"streams": {1: {"tokens_per_second": 900.0}}}
+    row = {"streams": {1: {"rounds": [900.0]}}}
     assert race.ratios({"Moescope": row, race.EMPTY: row}) == {}
 
 
@@ -64,7 +65,7 @@ def test_a_server_s_cpu_and_memory_are_those_of_its_process(server: Server) -> N
     assert cpu_seconds(None) == 0
 
 
-def test_they_take_turns_and_who_fails_is_told_and_left_behind(
+def test_they_take_turns_and_who_fails_once_is_told_left_behind_and_has_no_figures(
     folder: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turns: list[str] = []
@@ -72,43 +73,110 @@ def test_they_take_turns_and_who_fails_is_told_and_left_behind(
     @contextmanager
     def good(_: Setting) -> Iterator[Running]:
         turns.append("good")
-        yield Running(server.url, server.process.pid, openai("tiny"))
+        yield Running(server.url, server.process.pid, openai("tiny", **UNFILTERED), {"version": "1"})
 
     def bad(_: Setting) -> AbstractContextManager[Running]:
         turns.append("bad")
         raise NoServer("it is not there")
 
-    monkeypatch.setattr(race, "CONTESTANTS", {"Moescope": good, "another": good, "absent": bad})
-    arguments = argparse.Namespace(contestants=["Moescope", "another", "absent"], streams=[1, 2], rounds=2)
+    def tired(setting: Setting) -> AbstractContextManager[Running]:
+        return bad(setting) if len(turns) > 4 else good(setting)
+
+    contestants = {"Moescope": good, "another": good, "absent": bad, "tired": tired}
+    monkeypatch.setattr(race, "CONTESTANTS", contestants)
+    arguments = argparse.Namespace(contestants=list(contestants), streams=[1, 2], rounds=2)
     setting = Setting(checkpoint.load(folder), 2, 1, tmp_path, tmp_path)
     found = race.figures(race.compete(setting, arguments, WORKLOAD))
-    assert turns == ["good", "good", "bad", "good", "good"]
-    assert found["absent"] == {"peak_mib": 0, "trouble": "it is not there", "streams": {}}
+    assert turns == ["good", "good", "bad", "good", "good", "good", "bad"]
+    assert found["absent"]["trouble"] == found["tired"]["trouble"] == "it is not there"
+    assert found["absent"]["streams"] == found["tired"]["streams"] == {}, "its one round is no median of two"
     assert [len(found["another"]["streams"][streams]["rounds"]) for streams in (1, 2)] == [2, 2]
-    assert race.table(found).count("| another |") == 2
-    assert "absent" not in race.table(found)
+    assert found["another"]["about"] == {"version": "1"}
+    assert race.ratios(found).keys() == {1, 2}
+    table = race.table({"contestants": found, "ratios": {}})
+    assert table.count("| another |") == 2
+    assert "| tired |" not in table
+    assert "tired is out: it is not there" in table
 
 
-def test_the_ratio_is_of_our_best_to_the_best_of_the_others_where_both_have_served() -> None:
-    def served(**rates: float) -> dict[str, object]:
-        return {"streams": {int(name[1:]): {"tokens_per_second": rate} for name, rate in rates.items()}}
+SERVED = {"trouble": None}
+FAILED = {"trouble": "no"}
 
-    found = {"Moescope a": served(s1=50, s8=300), "Moescope b": served(s1=200, s8=100), "c": served(s1=100)}
-    assert race.ratios(found | {"d": served(s1=40, s32=7)}) == {1: 2.0}
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"Moescope native": FAILED, "Moescope torch": SERVED, "vLLM": SERVED},
+        {"Moescope native": SERVED, "vLLM": FAILED, "llama.cpp F32": FAILED, race.ROUNDED: SERVED},
+    ],
+    ids=["one of ours is missing", "no peer has served"],
+)
+def test_a_race_without_us_or_without_peers_is_none(found: dict[str, object]) -> None:
+    with pytest.raises(race.Trouble, match=r": no$"):
+        race.require_a_race(found)
+
+
+def test_a_race_in_which_one_peer_has_failed_or_none_was_asked_is_one() -> None:
+    race.require_a_race({"Moescope native": SERVED, "vLLM": FAILED, "llama.cpp F32": SERVED, race.ROUNDED: FAILED})
+    race.require_a_race({"Moescope native": SERVED, race.EMPTY: SERVED})
+
+
+def test_what_nobody_of_the_peers_can_take_ends_in_a_line_and_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp has no two levels of gating: the export refuses, before anything is compiled."""
+    folder = tiny_checkpoint(tmp_path / "groups", num_groups=2, groups_per_token=1)
+    only = ["--contestants", "llama.cpp F32", "--streams", "1", "--rounds", "1", "--results", str(tmp_path / "results")]
+    assert race.main(["--checkpoint", str(folder), *only]) == 1
+    told = capsys.readouterr()
+    assert "llama.cpp F32: " in told.err.splitlines()[-1]
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_ratio_is_the_median_of_the_rounds_of_our_best_to_the_best_of_the_others() -> None:
+    def served(**rounds: list[float]) -> dict[str, object]:
+        return {"streams": {int(name[1:]): {"rounds": rates} for name, rates in rounds.items()}}
+
+    ours = {"Moescope a": served(s1=[50.0, 50.0, 50.0], s8=[300.0]), "Moescope b": served(s1=[200.0, 20.0, 40.0])}
+    theirs = {"c": served(s1=[100.0, 10.0, 20.0]), "d": served(s1=[4.0, 25.0, 4.0], s32=[7.0])}
+    assert race.ratios(ours | theirs) == {1: 2.0}, "of 2, 2 and 2.5; of medians it would be 50 over 20"
+
+
+def test_what_others_do_is_known_by_the_contestant_whatever_becomes_of_its_children(server: Server) -> None:
+    trial = measure(server.url, replace(WORKLOAD, new_tokens=2000), 2, CHARACTERS, openai("tiny"), server.process.pid)
+    assert trial.others_cpu_seconds is not None
+    told = race.report.cores_of_others(
+        [replace(trial, others_cpu_seconds=trial.seconds * others) for others in (0.1, 0.5)]
+    )
+    assert told == 0.3
+    assert race.report.cores_of_others([HttpTrial(trial.answers, 1.0, None)]) is None
+
+
+def test_llama_cpp_is_not_compiled_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(PeerFailed, match="no C and C"):
+        llama_server.program(tmp_path / "peers")
+    assert not (tmp_path / "peers").exists()
 
 
 def test_who_has_other_weights_is_told_and_is_no_peer(folder: Path, tmp_path: Path) -> None:
     row = {
+        "rounds": [100.0],
         "tokens_per_second": 100.0,
         "first_token_ms": {"p50": 1.0, "p95": 2.0},
         "inter_token_ms": {"p50": 1.0, "p95": 2.0, "p99": 3.0},
         "cpu_us_per_token": 4.0,
         "client_cpu_us_per_token": 5.0,
     }
-    found = {"Moescope": {"streams": {1: row}}, "llama.cpp Q8_0": {"streams": {1: row | {"tokens_per_second": 900.0}}}}
+    found = {
+        "Moescope": {"streams": {1: row}},
+        "llama.cpp Q8_0": {"streams": {1: row | {"rounds": [900.0], "tokens_per_second": 900.0}}},
+    }
     assert race.ratios(found) == {}
-    assert race.ratios(found | {"llama.cpp F32": {"streams": {1: row | {"tokens_per_second": 50.0}}}}) == {1: 2.0}
-    assert "| 1 | llama.cpp Q8_0 (other weights) | 900 |" in race.table(found)
-    assert "| 1 | Moescope | 100 |" in race.table(found)
+    assert race.ratios(found | {"llama.cpp F32": {"streams": {1: row | {"rounds": [50.0]}}}}) == {1: 2.0}
+    table = race.table({"contestants": {name: {**each, "trouble": None} for name, each in found.items()}, "ratios": {}})
+    assert "| 1 | llama.cpp Q8_0 (other weights) | 900 |" in table
+    assert "| 1 | Moescope | 100 |" in table
     setting = Setting(checkpoint.load(folder), 2, 1, tmp_path, tmp_path)
     assert setting.gguf("q8_0").stat().st_size < setting.gguf("bf16").stat().st_size

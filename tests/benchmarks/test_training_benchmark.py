@@ -29,6 +29,26 @@ def test_every_back_end_computes_the_same_gradients() -> None:
         torch.testing.assert_close(gradients[name], gradients["grouped_mm"], atol=1e-5, rtol=1e-4)
 
 
+def test_a_dense_model_routes_and_sorts_nothing_and_its_matrices_are_trained_as_ours() -> None:
+    dense = training.Subject(replace(CONFIG, num_experts=1, experts_per_token=1, expert_size=96), batch_size=3)
+    sparse = training.Subject(CONFIG, batch_size=3)
+    assert not [name for name, _ in dense.model.named_parameters() if "router" in name]
+    names = [
+        {name for name, _ in subject.model.named_parameters() if training.is_matrix(name)}
+        for subject in (dense, sparse)
+    ]
+    assert names[0] == names[1]
+    per_token = 2 * CONFIG.num_layers * 3 * CONFIG.hidden_size * 96
+    router = 2 * CONFIG.num_layers * CONFIG.hidden_size * CONFIG.num_experts
+    with FlopCounterMode(display=False) as counter:
+        dense.forward_backward()
+    of_dense = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        sparse.forward_backward("loop")
+    assert counter.get_total_flops() - of_dense == 3 * 3 * 16 * router, "as many multiplications, but for the router's"
+    assert of_dense > 3 * 3 * 16 * per_token
+
+
 def test_the_products_of_a_step_are_those_that_pytorch_counts() -> None:
     dense = replace(CONFIG, num_experts=1, experts_per_token=1)
     subject = training.Subject(dense, batch_size=3)
