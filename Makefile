@@ -40,13 +40,13 @@ lint: .venv/lint.stamp ## ruff, mypy, the import direction, Dockerfile, compose 
 sanitize: .venv/test.stamp ## run the native step under AddressSanitizer, UBSan and ThreadSanitizer, a minute
 	@exec $(PY) -m pytest tests/service/engine/test_sanitizers.py -v $(ARGS)
 
-bench: .venv/test.stamp ## measure speed, results dated in benchmarks/results
+bench: .venv/test.stamp ## measure speed, records dated in benchmarks/results
 	@$(PY) -m benchmarks $(ARGS)
 	@$(PY) -m benchmarks.training
 	@$(PY) -m benchmarks.counting
 	@$(PY) -m benchmarks.native
 
-bench-peers: .venv/train.stamp ## race llama.cpp, vLLM and transformers over HTTP, which are installed for it (ARGS='--rounds 1')
+bench-peers: .venv/train.stamp ## race llama.cpp (compiled for it, ten minutes), vLLM and transformers over HTTP (ARGS='--rounds 1')
 	@exec $(PY) -m benchmarks.race $(ARGS)
 
 bench-interop: .venv/train.stamp ## compare greedy text with llama.cpp, which is installed for it (ARGS='--peers vllm transformers')

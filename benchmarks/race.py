@@ -195,7 +195,7 @@ class Standing:
 
 
 def compete(setting: Setting, arguments: argparse.Namespace, workload: Workload) -> dict[str, Standing]:
-    """Rounds in which every contestant that has not failed starts, is measured and ends."""
+    """Rounds in which every contestant that has not failed starts, is measured and ends. Raises Trouble."""
     standings = {name: Standing({streams: [] for streams in arguments.streams}) for name in arguments.contestants}
     for number in range(arguments.rounds):
         for name, standing in standings.items():
@@ -211,6 +211,7 @@ def compete(setting: Setting, arguments: argparse.Namespace, workload: Workload)
                     standing.peak_mib = max(standing.peak_mib, peak_mib(server.pid))
             except TROUBLES as error:
                 standing.trouble = in_one_line(error)
+                require_a_race(standings)
                 print(f"{name} is out: {standing.trouble}", file=sys.stderr, flush=True)
     return standings
 
@@ -231,13 +232,15 @@ def figures(standings: dict[str, Standing]) -> dict[str, Any]:
     }
 
 
-def require_a_race(found: dict[str, Any]) -> None:
-    """Raises Trouble where one of ours has failed, or all peers have."""
-    troubled = {name: each["trouble"] for name, each in found.items() if each["trouble"]}
-    peers = [name for name in found if is_peer(name)]
-    ours = [name for name in troubled if name.startswith(OURS)]
-    for name in ours or (peers if peers and all(name in troubled for name in peers) else []):
-        raise Trouble(f"this was no race, and nothing is kept: {name}: {troubled[name]}")
+def require_a_race(standings: Mapping[str, Standing]) -> None:
+    """Raises Trouble as soon as one of ours has failed, or all peers have."""
+    peers = [name for name in standings if is_peer(name)]
+    needed = [name for name in standings if name.startswith(OURS)]
+    if all(standings[name].trouble for name in peers):
+        needed += peers
+    for name in needed:
+        if trouble := standings[name].trouble:
+            raise Trouble(f"this is no race, and nothing is kept: {name}: {trouble}")
 
 
 def is_peer(name: str) -> bool:
@@ -314,9 +317,10 @@ def run(arguments: argparse.Namespace) -> Result:
     workload = Workload(arguments.requests, arguments.new_tokens)
     with tempfile.TemporaryDirectory() as files:
         loaded = checkpoint.load(arguments.checkpoint)
+        if workload.prompt_characters + workload.new_tokens > loaded.config.context_length:
+            raise Trouble(f"prompt and text have to fit into {loaded.config.context_length}: llama.cpp has no window")
         setting = Setting(loaded, max(arguments.streams), arguments.threads, arguments.environments, Path(files))
         found = figures(compete(setting, arguments, workload))
-    require_a_race(found)
     known = [each["cores_of_others"] for each in found.values() if each["cores_of_others"] is not None]
     return {
         "prompt_characters": workload.prompt_characters,

@@ -14,7 +14,7 @@ from benchmarks import llama_server, race
 from benchmarks.client import MOESCOPE, closed_loop, openai
 from benchmarks.interop import PeerFailed
 from benchmarks.over_http import HttpTrial, NoServer, cpu_seconds, measure, peak_mib
-from benchmarks.race import UNFILTERED, Running, Setting
+from benchmarks.race import UNFILTERED, Running, Setting, Standing
 from benchmarks.workload import Workload
 from model import checkpoint
 from tests.checkpoints import CHARACTERS, tiny_checkpoint
@@ -99,21 +99,20 @@ def test_they_take_turns_and_who_fails_once_is_told_left_behind_and_has_no_figur
     assert "tired is out: it is not there" in table
 
 
-SERVED = {"trouble": None}
-FAILED = {"trouble": "no"}
+SERVED, FAILED = Standing({}), Standing({}, trouble="no")
 
 
 @pytest.mark.parametrize(
-    "found",
+    "standings",
     [
         {"Moescope native": FAILED, "Moescope torch": SERVED, "vLLM": SERVED},
         {"Moescope native": SERVED, "vLLM": FAILED, "llama.cpp F32": FAILED, race.ROUNDED: SERVED},
     ],
     ids=["one of ours is missing", "no peer has served"],
 )
-def test_a_race_without_us_or_without_peers_is_none(found: dict[str, object]) -> None:
+def test_a_race_without_us_or_without_peers_is_none(standings: dict[str, Standing]) -> None:
     with pytest.raises(race.Trouble, match=r": no$"):
-        race.require_a_race(found)
+        race.require_a_race(standings)
 
 
 def test_a_race_in_which_one_peer_has_failed_or_none_was_asked_is_one() -> None:
@@ -125,11 +124,11 @@ def test_what_nobody_of_the_peers_can_take_ends_in_a_line_and_keeps_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """llama.cpp has no two levels of gating: the export refuses, before anything is compiled."""
-    folder = tiny_checkpoint(tmp_path / "groups", num_groups=2, groups_per_token=1)
+    folder = tiny_checkpoint(tmp_path / "groups", num_groups=2, groups_per_token=1, context_length=256)
     only = ["--contestants", "llama.cpp F32", "--streams", "1", "--rounds", "1", "--results", str(tmp_path / "results")]
     assert race.main(["--checkpoint", str(folder), *only]) == 1
     told = capsys.readouterr()
-    assert "llama.cpp F32: " in told.err.splitlines()[-1]
+    assert "nothing is kept: llama.cpp F32: " in told.err.splitlines()[-1]
     assert not (tmp_path / "results").exists()
 
 
