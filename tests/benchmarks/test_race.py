@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import llama_server, race
+from benchmarks import llama_server, race, report
 from benchmarks.client import MOESCOPE, closed_loop, openai
 from benchmarks.interop import PeerFailed
 from benchmarks.over_http import HttpTrial, NoServer, cpu_seconds, measure, peak_mib
 from benchmarks.race import UNFILTERED, Running, Setting, Standing
+from benchmarks.record import Trouble
 from benchmarks.workload import Workload
 from model import checkpoint
 from tests.checkpoints import CHARACTERS, tiny_checkpoint
@@ -111,7 +112,7 @@ SERVED, FAILED = Standing({}), Standing({}, trouble="no")
     ids=["one of ours is missing", "no peer has served"],
 )
 def test_a_race_without_us_or_without_peers_is_none(standings: dict[str, Standing]) -> None:
-    with pytest.raises(race.Trouble, match=r": no$"):
+    with pytest.raises(Trouble, match=r": no$"):
         race.require_a_race(standings)
 
 
@@ -144,11 +145,9 @@ def test_the_ratio_is_the_median_of_the_rounds_of_our_best_to_the_best_of_the_ot
 def test_what_others_do_is_known_by_the_contestant_whatever_becomes_of_its_children(server: Server) -> None:
     trial = measure(server.url, replace(WORKLOAD, new_tokens=2000), 2, CHARACTERS, openai("tiny"), server.process.pid)
     assert trial.others_cpu_seconds is not None
-    told = race.report.cores_of_others(
-        [replace(trial, others_cpu_seconds=trial.seconds * others) for others in (0.1, 0.5)]
-    )
+    told = report.cores_of_others([replace(trial, others_cpu_seconds=trial.seconds * others) for others in (0.1, 0.5)])
     assert told == 0.3
-    assert race.report.cores_of_others([HttpTrial(trial.answers, 1.0, None)]) is None
+    assert report.cores_of_others([HttpTrial(trial.answers, 1.0, None)]) is None
 
 
 def test_llama_cpp_is_not_compiled_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import training
 from model.config import ModelConfig
 from tests.service.serving import ROOT
+from training.optimizer import is_matrix
 
 CONFIG = ModelConfig(20, 32, 2, 2, 1, 32, num_experts=4, experts_per_token=2, expert_size=48, context_length=16)
 
@@ -33,10 +34,7 @@ def test_a_dense_model_routes_and_sorts_nothing_and_its_matrices_are_trained_as_
     dense = training.Subject(replace(CONFIG, num_experts=1, experts_per_token=1, expert_size=96), batch_size=3)
     sparse = training.Subject(CONFIG, batch_size=3)
     assert not [name for name, _ in dense.model.named_parameters() if "router" in name]
-    names = [
-        {name for name, _ in subject.model.named_parameters() if training.is_matrix(name)}
-        for subject in (dense, sparse)
-    ]
+    names = [{name for name, _ in subject.model.named_parameters() if is_matrix(name)} for subject in (dense, sparse)]
     assert names[0] == names[1]
     per_token = 2 * CONFIG.num_layers * 3 * CONFIG.hidden_size * 96
     router = 2 * CONFIG.num_layers * CONFIG.hidden_size * CONFIG.num_experts
