@@ -75,8 +75,8 @@ def _target(arguments: argparse.Namespace, stack: ExitStack) -> Target | None:
 
 
 def table(result: Result) -> str:
-    head = "{checkpoint}: {runner} on {device}, {threads} threads, torch {torch}; a stream that is alone had {rounds} times"
-    tail = "{requests} requests of {prompt_characters} characters and {new_tokens} tokens, each of many had fewer"
+    head = "{checkpoint}: {runner} on {device}, {threads} threads, torch {torch}; one stream alone had {rounds} x"
+    tail = "{requests} requests of {prompt_characters} characters and {new_tokens} tokens, each of many fewer"
     return f"{head.format_map(result)}\n{tail.format_map(result)}\n{report.table(result['figures'])}"
 
 

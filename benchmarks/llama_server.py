@@ -1,7 +1,7 @@
 """llama.cpp's own HTTP server, compiled here for the processor that it will run on. Knows nothing of the race.
 
-Its wheels are compiled for any processor, and leave half of a newer one's speed to whoever compiles for it, as we do
-with the native step. What is compiled comes with the source distribution of xllamacpp.
+Its wheels know no instructions newer than AVX2, so that they run anywhere; our native step is compiled for the
+processor at hand, and so is this. The sources come with the source distribution of xllamacpp.
 """
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ def about(server: Path) -> dict[str, Any]:
     talkative = ("--log-verbosity", "4", "--log-colors", "off", "-m", os.devnull)
     told = subprocess.run([str(server), *talkative], capture_output=True, text=True, check=False)
     lines = (version.stdout + version.stderr + told.stdout + told.stderr).splitlines()
-    found = {
+    found: dict[str, Any] = {
         name: next((line.partition(name)[2].strip(" :") for line in lines if name in line), None)
         for name in ("version", "system_info")
     }
     if None in found.values():
         raise PeerFailed(f"{server} does not run here: it ended with {version.returncode}")
-    return found
+    return {"source": XLLAMACPP, **found}
