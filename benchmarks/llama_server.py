@@ -39,7 +39,7 @@ OPTIONS = {
 
 def program(environments: Path) -> Path:
     """The server, which is compiled on first use: some ten minutes of two cores. Raises PeerFailed."""
-    home = environments / f"llama.cpp-{XLLAMACPP.partition('==')[2]}"
+    home = environments.resolve() / f"llama.cpp-{XLLAMACPP.partition('==')[2]}"  # cmake goes elsewhere
     processor = sha256(f"{cpu_model()} {sorted(cpu_flags())}".encode()).hexdigest()[:8]
     build = home / f"build-{processor}"
     server = build / "bin" / "llama-server"
