@@ -148,9 +148,10 @@ same(by_hand, attention(x, rotary, attend)[0])
 # %% [markdown]
 # ### Where is it? RoPE
 #
-# Nothing so far knows the order of the characters. RoPE brings it in: `rotary.rotate` turns every query and key by an
-# angle that grows with its position. The numbers of a vector are taken in pairs, and each pair turns like the hand of
-# a clock: the first pair one radian per character, the later ones more and more slowly.
+# That nobody looks ahead tells a character who comes before it, but not how far back. `rotary.rotate`, already at work
+# in the head above, brings that in: RoPE turns every query and key by an angle that grows with its position. The
+# numbers of a vector are taken in pairs, and each pair turns like the hand of a clock: the first pair one radian per
+# character, the later ones more and more slowly.
 
 # %%
 vector = torch.randn(CONFIG.head_dim)
@@ -166,8 +167,9 @@ same(turned(vector, 7)[0], first * math.cos(7) - its_partner * math.sin(7))
 same(turned(vector, 7).norm(), vector.norm())  # turning changes no length
 
 # %% [markdown]
-# Why turn? A dot product depends only on the angle between two vectors. Turn both by the same amount and it stays. So
-# the score of a pair depends on how far apart they are, not on where they are in the text.
+# Why turn? A dot product depends on the lengths of two vectors, which turning leaves alone, and on the angle between
+# them. Turn both by the same amount and it stays. So the score of a pair depends on how far apart they are, not on
+# where they are in the text.
 
 # %%
 query, key = torch.randn(2, CONFIG.head_dim)
@@ -212,8 +214,10 @@ assert (difference[64:] < 1e-6).all()  # no later one does
 # of the second come through. `down` leads back to the 96 channels. This form is called SwiGLU.
 
 # %%
+attend = attend_in_window(CONFIG.context_length, len(ids), ids.device)
+looked_around = model.embedding(ids[None]) + attention(x, rotary, attend)
+tokens = layer.moe_norm(looked_around)[0]  # (T, C)
 experts = layer.moe.experts
-tokens = layer.moe_norm(model.embedding(ids))  # (T, C)
 
 
 def expert(number: int, token: Tensor) -> Tensor:
@@ -386,9 +390,9 @@ assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters
 
 # %% [markdown]
 # One more term keeps the experts busy. Switch Transformer's balance loss (Fedus et al. 2021, eq. 4-6) is E * sum over
-# experts of (share of the work it gets) * (mean probability the router gives it). Even work gives 1; all work for one
-# expert gives E. Training presses it down with a small weight, 0.01 per layer. A second small term, z, keeps the
-# router's logits from growing.
+# experts of (share of the work it gets) * (mean probability the router gives it). Even work gives 1. If the same K
+# experts get all of it, each has a share of 1/K, and it gives E/K. Training presses it down with a small weight, 0.01
+# per layer. A second small term, z, keeps the router's logits from growing.
 
 # %%
 x, y = trainer.batch(step=0)  # 24 windows, and the same moved on by one character
@@ -401,11 +405,13 @@ total = cross_entropy
 for routing in routings:
     work = routing.expert_ids.flatten().bincount(minlength=CONFIG.num_experts) / routing.expert_ids.numel()
     switch = CONFIG.num_experts * (work * routing.logits.softmax(-1).mean(0)).sum()
-    total = total + 0.01 * switch + 0.001 * routing.logits.logsumexp(-1).square().mean()
+    z = routing.logits.logsumexp(-1).square().mean()
+    total = total + trained.balance_weight * switch + trained.z_weight * z
 same(loss, total)
 
 # %% [markdown]
-# The two ends of the balance loss, checked: a router that spreads the work, and one that gives all to expert 0.
+# The two ends of the balance loss, checked with one expert per character: a router that spreads the work, and one that
+# gives all to expert 0. With K = 1 that is E.
 
 # %%
 even = Routing(torch.zeros(8, 8), expert_ids=torch.arange(8)[:, None], expert_weights=torch.ones(8, 1))
@@ -418,7 +424,9 @@ same(balance.switch_loss(collapsed), torch.tensor(8.0))
 
 # %% [markdown]
 # Now train. A step takes 24 windows from the training text, computes the loss, lets PyTorch find how each weight
-# changes it, and moves all weights a little downhill. `train_step` does just that. This cell takes the two minutes.
+# changes it, and moves all weights a little downhill. How far is a matter of its own: the matrices of attention and
+# experts are moved by Muon, which makes every step of a matrix equally long in all its directions, and the rest by
+# AdamW (`training/optimizer.py`). `train_step` does all of that. This cell takes the two minutes.
 
 # %%
 started = time.monotonic()
@@ -515,7 +523,7 @@ costs = causal_map(model, inputs, targets)
 for number, row in enumerate(costs.cost):
     print(f"layer {number}:", " ".join(f"{cost:+.3f}" for cost in row.tolist()))
 silent_layer, silent_expert = divmod(int(costs.cost.argmax()), CONFIG.num_experts)
-print(f"needed most: expert {silent_expert} of layer {silent_layer}, margin of error {costs.error.max():.4f}")
+print(f"most: expert {silent_expert} of layer {silent_layer}; two closer than about {costs.error.max():.4f} are equal")
 
 disabled = torch.zeros(1, CONFIG.num_layers, CONFIG.num_experts, dtype=torch.bool)
 disabled[0, silent_layer, silent_expert] = True
@@ -535,8 +543,8 @@ assert (left.sum(-1) == counts.sum(-1)).all()  # no work was lost
 assert torch.equal(left[:silent_layer], counts[:silent_layer])  # the layers before it notice nothing
 
 # %% [markdown]
-# And the text? The same prompt, the same seed, the same darts, one expert fewer. The two texts begin alike and part
-# where the expert was needed.
+# And the text? The same prompt, the same seed, the same darts, one expert fewer. The expert worked on many of the
+# characters, and yet the texts part only where a dart, the probabilities having moved, first lands on another one.
 
 # %%
 with_it = generate(model, prompt, 120, temperature=0.8, seed=1)
@@ -552,5 +560,5 @@ assert with_it == written[:120]
 # - Change `SHAPE`: 16 experts, or narrower ones. What becomes of the loss, and of the balance?
 # - Put `balance_weight=0.0` into the `TrainingConfig` of section 8 and look at section 10 again. Then add
 #   `router_noise="gaussian"`.
-# - `make train` trains a bigger model for five minutes; `make serve` serves the best one, and a request can silence
-#   experts: `disabled_experts`.
+# - `make train` trains a bigger model for five minutes and says how to serve it; `make serve` alone serves the best one
+#   that we have trained. A request can silence experts: `disabled_experts`.

@@ -57,6 +57,22 @@ def test_the_walkthrough_runs_and_its_claims_hold(corpus: Corpus) -> None:
     assert after < 3.2, "20 steps teach it how often each character comes, at least"
 
 
+def test_its_exercises_can_be_done(corpus: Corpus, tmp_path: Path) -> None:
+    """More and narrower experts, no balance loss, and noise in its place."""
+    source = SCRIPT.read_text()
+    for before, after in (
+        ('"num_experts": 8', '"num_experts": 16'),
+        ('"expert_size": 96', '"expert_size": 48'),
+        ("warmup_steps=10", 'warmup_steps=10, balance_weight=0.0, router_noise="gaussian"'),
+    ):
+        assert source.count(before) == 1
+        source = source.replace(before, after)
+    (tmp_path / "exercise.py").write_text(source)
+    done = run(tmp_path / "exercise.py", STEPS="2", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert "expert 15" in done.stdout
+
+
 def test_the_notebook_has_the_cells_of_the_script() -> None:
     nbformat.validate(NOTEBOOK)
     assert len(NOTEBOOK.cells) > 50
