@@ -198,8 +198,9 @@ rotary_long = Rotary.at(torch.arange(100)[None], CONFIG.head_dim, CONFIG.rope_th
 vectors = model.embedding(long[None])
 changed = vectors.clone()
 changed[0, 0] += 1  # another first character
-attend = attend_in_window(CONFIG.context_length, 100, long.device)
-difference = (attention(vectors, rotary_long, attend) - attention(changed, rotary_long, attend))[0].abs().amax(-1)
+attend_long = attend_in_window(CONFIG.context_length, 100, long.device)
+before, after = (attention(each, rotary_long, attend_long)[0] for each in (vectors, changed))
+difference = (before - after).abs().amax(-1)
 assert (difference[:64] > 1e-6).all()  # the first 64 positions see it
 assert (difference[64:] < 1e-6).all()  # no later one does
 
@@ -214,7 +215,6 @@ assert (difference[64:] < 1e-6).all()  # no later one does
 # of the second come through. `down` leads back to the 96 channels. This form is called SwiGLU.
 
 # %%
-attend = attend_in_window(CONFIG.context_length, len(ids), ids.device)
 looked_around = model.embedding(ids[None]) + attention(x, rotary, attend)
 tokens = layer.moe_norm(looked_around)[0]  # (T, C)
 experts = layer.moe.experts
@@ -401,12 +401,11 @@ loss, cross_entropy = objective(logits, y, routings, trained)
 
 correct = logits.log_softmax(-1).gather(-1, y[..., None])  # ln(probability of what really came)
 same(cross_entropy, -correct.mean())
-total = cross_entropy
+total = cross_entropy.clone()
 for routing in routings:
     work = routing.expert_ids.flatten().bincount(minlength=CONFIG.num_experts) / routing.expert_ids.numel()
     switch = CONFIG.num_experts * (work * routing.logits.softmax(-1).mean(0)).sum()
-    z = routing.logits.logsumexp(-1).square().mean()
-    total = total + trained.balance_weight * switch + trained.z_weight * z
+    total += trained.balance_weight * switch + trained.z_weight * routing.logits.logsumexp(-1).square().mean()
 same(loss, total)
 
 # %% [markdown]
