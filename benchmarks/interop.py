@@ -149,8 +149,8 @@ def interpreter_of(peer: Peer, folder: Path) -> Path:
 def environment(home: Path) -> Path:
     """The Python of a virtual environment, which is made if it is not there. Raises PeerFailed."""
     python = home / "bin" / "python"
-    if not python.exists():
-        run_quietly([sys.executable, "-m", "venv", home], f"making an environment in {home}")
+    if not (home / "bin" / "pip").exists():  # it comes last
+        run_quietly([sys.executable, "-m", "venv", "--clear", home], f"making an environment in {home}")
     return python
 
 

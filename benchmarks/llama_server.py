@@ -6,6 +6,7 @@ processor at hand, and so is this. The sources come with the source distribution
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -39,20 +40,29 @@ OPTIONS = {
 
 def program(environments: Path) -> Path:
     """The server, which is compiled on first use: some ten minutes of two cores. Raises PeerFailed."""
+    build = build_folder(environments)
+    home = build.parent
+    whole = build / "whole"  # an interrupted linker may leave half a server
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not whole.exists():
+            compile_in(home, build)
+            whole.touch()
+    return build / "bin" / "llama-server"
+
+
+def build_folder(environments: Path) -> Path:
+    """Of this version of llama.cpp and of this processor."""
     home = environments.resolve() / f"llama.cpp-{XLLAMACPP.partition('==')[2]}"  # cmake goes elsewhere
     processor = sha256(f"{cpu_model()} {sorted(cpu_flags())}".encode()).hexdigest()[:8]
-    build = home / f"build-{processor}"
-    server = build / "bin" / "llama-server"
-    if not server.exists():
-        compile_in(home, build)
-    return server
+    return home / f"build-{processor}"
 
 
 def compile_in(home: Path, build: Path) -> None:
     """Goes on where it was interrupted. Raises PeerFailed."""
     if compiler() is None or shutil.which("cc") is None:
         raise PeerFailed("llama.cpp is compiled here, and there is no C and C++ compiler (Debian: apt install g++)")
-    home.mkdir(parents=True, exist_ok=True)
     print(f"compiling llama.cpp's server for this processor in {build}: some ten minutes", flush=True)
     python = environment(home / "tools")
     tools = python.parent
@@ -76,7 +86,7 @@ def _source(home: Path, python: Path) -> Path:
         if sha256(archive.read_bytes()).hexdigest() != SHA256:
             raise PeerFailed(f"{archive.name} is not the one that was raced before: its SHA-256 is another")
         with tarfile.open(archive) as tar:
-            tar.extractall(name, filter="data")
+            tar.extractall(name)  # what it holds is known by its digest
         (unpacked,) = Path(name).glob("*/thirdparty/llama.cpp")
         unpacked.rename(source)
     return source

@@ -114,11 +114,13 @@ def started(command: Sequence[object], **options: Any) -> Iterator[subprocess.Po
         try:
             yield process
         finally:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(ENDING_S)
-            with suppress(ProcessLookupError):  # all gone
-                os.killpg(process.pid, signal.SIGKILL)
+            try:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(ENDING_S)
+            finally:  # a second Ctrl-C ends the waiting
+                with suppress(ProcessLookupError):  # all gone
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager

@@ -233,11 +233,12 @@ def figures(standings: dict[str, Standing]) -> dict[str, Any]:
 
 
 def require_a_race(standings: Mapping[str, Standing]) -> None:
-    """Raises Trouble as soon as one of ours has failed, or all peers have."""
+    """Raises Trouble as soon as one of ours has failed, or all peers have, or all that there are."""
     peers = [name for name in standings if is_peer(name)]
     needed = [name for name in standings if name.startswith(OURS)]
-    if all(standings[name].trouble for name in peers):
-        needed += peers
+    for all_of in (peers, list(standings)):
+        if all(standings[name].trouble for name in all_of):
+            needed += all_of
     for name in needed:
         if trouble := standings[name].trouble:
             raise Trouble(f"this is no race, and nothing is kept: {name}: {trouble}")
@@ -250,8 +251,11 @@ def is_peer(name: str) -> bool:
 def ratios(found: dict[str, Any]) -> dict[int, float]:
     """Our tokens per second over those of the quickest other with our weights, by the streams that both have served.
 
-    Medians over the rounds of each round's ratio: a machine that slows down slows all in a round.
+    Medians over the rounds of each round's ratio: a machine that slows down slows all in a round. None at all where a
+    peer is out: it may have been the quickest.
     """
+    if any(each["trouble"] for name, each in found.items() if is_peer(name)):
+        return {}
     ours, theirs = (defaultdict[int, list[list[float]]](list) for _ in range(2))
     for name, each in found.items():
         if name not in NO_PEERS:
@@ -293,7 +297,7 @@ def table(result: Result) -> str:
                 f"{gap['p50']:.2f}, {gap['p95']:.2f}, {gap['p99']:.2f} | {row['cpu_us_per_token']:,.0f}, "
                 f"{row['client_cpu_us_per_token']:.0f} |"
             )
-    lines.append(f"ours over the quickest other, by streams: {result['ratios']}")
+    lines.append(f"ours over the quickest other, by streams: {result['ratios'] or 'not all of them have served'}")
     lines += [f"{name} is out: {each['trouble']}" for name, each in found.items() if each["trouble"]]
     return "\n".join(lines)
 

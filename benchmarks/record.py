@@ -43,9 +43,10 @@ TROUBLES = (Trouble, CheckpointError, Refused, NoLibrary, OSError, EOFError)
 def refusing(what: str, action: Callable[[], T]) -> T | None:
     """What the action returns; None where there was trouble, which has then been told in one line.
 
-    SIGTERM is an exception meanwhile and afterwards: whatever the action has started ends with it.
+    SIGTERM and SIGHUP are exceptions meanwhile and afterwards: whatever the action has started ends with them.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     try:
         return action()
     except TROUBLES as error:

@@ -559,5 +559,5 @@ assert with_it == written[:120]
 # - Change `SHAPE`: 16 experts, or narrower ones. What becomes of the loss, and of the balance?
 # - Put `balance_weight=0.0` into the `TrainingConfig` of section 8 and look at section 10 again. Then add
 #   `router_noise="gaussian"`.
-# - `make train` trains a bigger model for five minutes and says how to serve it; `make serve` alone serves the best one
-#   that we have trained. A request can silence experts: `disabled_experts`.
+# - `make train` trains a bigger model for a few minutes and says how to serve it; `make serve` alone serves the best
+#   one that we have trained. A request can silence experts: `disabled_experts`.

@@ -141,7 +141,7 @@ def padded_layout(expert_ids: Tensor, num_experts: int, row_multiple: int = ROW_
 class SparseMoE(nn.Module):
     """A router and its experts: ``y, routing = moe(x)``. The options are ModelConfig's fields of the same names.
 
-    Raises UnsupportedConfig for sizes and options that ModelConfig would refuse.
+    Raises UnsupportedConfig for sizes and options that ModelConfig would refuse, where channels is hidden_size.
     """
 
     def __init__(
@@ -157,10 +157,10 @@ class SparseMoE(nn.Module):
         gates_over: str = "chosen",
     ) -> None:
         super().__init__()
-        levels: dict[str, Any] = {"num_groups": num_groups, "groups_per_token": groups_per_token}
-        chosen: dict[str, Any] = {"num_experts": num_experts, "experts_per_token": experts_per_token, **levels}
-        chosen["gates_over"] = gates_over
-        ModelConfig(vocab_size=1, hidden_size=channels, expert_size=expert_size, activation=activation, **chosen)
+        chosen: dict[str, Any] = {"num_experts": num_experts, "experts_per_token": experts_per_token}
+        chosen |= {"num_groups": num_groups, "groups_per_token": groups_per_token, "gates_over": gates_over}
+        sizes: dict[str, Any] = {"hidden_size": channels, "expert_size": expert_size, "activation": activation}
+        ModelConfig(vocab_size=1, num_layers=1, **sizes, **chosen)
         self.router = Router(channels, **chosen)
         self.experts = Experts(channels, num_experts, expert_size, activation)
 

@@ -136,15 +136,18 @@ class TrainingConfig:
     def _require_routers_that_learn(self, shape: ModelConfig) -> None:
         """The softmax over one that was chosen alone is 1 whatever the router says, so its gradient is zero."""
         in_group = shape.num_experts // shape.num_groups
-        levels = [("experts_per_token", shape.experts_per_group_and_token, in_group)]
-        if shape.num_groups > 1:
-            levels.append(("groups_per_token", shape.groups_per_token, shape.num_groups))
-        for name, chosen, among in levels:
+        experts = f"experts_per_token is {shape.experts_per_token}"
+        if shape.groups_per_token > 1:
+            experts += f", one in each of {shape.groups_per_token} groups"
+        groups = f"groups_per_token is {shape.groups_per_token}"
+        for said, chosen, among in (
+            (groups, shape.groups_per_token, shape.num_groups),
+            (experts, shape.experts_per_group_and_token, in_group),
+        ):
             _require(
                 shape.gates_over == "all" or chosen > 1 or among == 1,
-                f"{name} is {getattr(shape, name)}, so a router chooses one of {among}, and with gates_over chosen its "
-                "gate is always 1: it would learn nothing from the text; set gates_over to all, as Switch does, or "
-                "choose more",
+                f"{said}, so a router chooses one of {among}, and with gates_over chosen its gate is always 1: it "
+                "would learn nothing from the text; set gates_over to all, as Switch does, or choose more",
             )
 
     def _require_kinds(self) -> None:

@@ -286,7 +286,7 @@ def _require_same(config: TrainingConfig, facts: dict[str, Any], run: Path) -> N
     try:
         begun = TrainingConfig(**{**TrainingConfig().as_dict(), **facts["config"]})
     except (TypeError, BadConfig) as error:
-        raise BadConfig(f"{run} was begun by another version of this program: {error}") from None
+        raise BadConfig(f"{run} was begun by another version of this program, begin another run: {error}") from None
     changed = [name for name, value in config.as_dict().items() if getattr(begun, name) != value]
     if begun.model_config(vocab_size=1) == config.model_config(vocab_size=1):
         changed = [name for name in changed if name != "shape"]

@@ -25,7 +25,8 @@ from benchmarks.over_http import started
 from benchmarks.record import take
 
 def measure(arguments):
-    with started(["sh", "-c", f"trap '' TERM; sleep 1000 & echo $! > {sys.argv[1]}; wait"]):
+    deaf = "trap 'touch told' TERM; sleep 1000 & echo $! > pid; while :; do wait; done"
+    with started(["sh", "-c", deaf]):
         time.sleep(1000)
 
 take("nothing", argparse.Namespace(results=Path("results")), measure, str)
@@ -83,15 +84,22 @@ def test_the_newest_is_found_by_its_moment_whatever_its_kind(tmp_path: Path) -> 
         newest("c", tmp_path)
 
 
-def test_what_is_begun_is_told_to_end_with_us_and_killed_with_all_it_left_behind(tmp_path: Path) -> None:
-    """The server does not heed SIGTERM, and its child would live on."""
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_is_begun_is_told_to_end_with_us_and_killed_with_all_it_left_behind(
+    tmp_path: Path, ending: signal.Signals, times: int
+) -> None:
+    """The server does not heed SIGTERM, and its child would live on. Who asks twice need not wait."""
     child = tmp_path / "pid"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = f"import benchmarks.over_http as it; it.ENDING_S = 0.2\n{STARTS_A_SERVER}"
-    process = subprocess.Popen([sys.executable, "-c", script, str(child)], cwd=tmp_path, env=environment)
+    script = f"import benchmarks.over_http as it; it.ENDING_S = {0.2 if times == 1 else 1000}\n{STARTS_A_SERVER}"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
     wait_until(lambda: child.exists() and child.read_text().endswith("\n"))
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
+    process.send_signal(ending)
+    if times == 2:
+        wait_until(lambda: (tmp_path / "told").exists())
+        process.send_signal(ending)
+    assert process.wait(30) == 128 + ending
     wait_until(lambda: not _lives(int(child.read_text())))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from service import streaming
 from tests.evidence import At, Evidence
 from tests.service.conftest import StartServer
 from tests.service.crowd import Told, ask, at_once
@@ -64,8 +65,7 @@ def test_a_step_that_raises_ends_who_runs_with_one_error_and_the_next_is_served(
 
     asyncio.run(crowds())
     assert num_errors >= places
-    if at.full_size:  # how long it takes says nothing on a busy machine
-        assert slowest < 2
+    assert slowest < at(30, 2)  # on a busy machine it says little
     assert server.client.get("/readyz").status_code == 200
     assert server.metrics().total("requests_total", outcome="error") == num_errors
     evidence("places", places)
@@ -77,6 +77,7 @@ def test_a_stream_with_nothing_to_say_is_pinged(start_server: StartServer, monke
     monkeypatch.setenv("PING_S", "1")
     server = start(start_server, monkeypatch, "hang:5", "--stuck-after-s", 3, module="tests.service.watched")
     told = asyncio.run(ask(server.port, body(1)))
+    assert streaming.PING_S == 15
     assert 1 <= told.content.count(b": ping\n\n") <= 1 + told.ended_at - told.arrived[-1]
     assert [name for name, _ in told.ends] == ["error"]
 
@@ -107,8 +108,7 @@ def test_an_engine_that_dies_or_hangs_ends_every_stream_and_then_the_process(
 
     with ThreadPoolExecutor(at(1, 3)) as pool:  # most of the time they wait
         slowest = max(pool.map(slowest_at, steps))
-    if at.full_size:
-        assert slowest < within_s
+    assert slowest < at(30, within_s)
     evidence("places", len(steps))
     evidence("slowest end of a stream, s after the last token of any", round(slowest, 2))
 

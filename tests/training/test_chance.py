@@ -207,7 +207,10 @@ def _assert_equal(first: Transformer, second: Transformer) -> None:
         ({"activation": "tanh"}, "activation is 'tanh'"),
         ({"experts_per_token": 1}, "experts_per_token is 1, so a router chooses one of 4"),
         ({"num_groups": 2}, "groups_per_token is 1, so a router chooses one of 2"),
-        ({"num_groups": 2, "groups_per_token": 2}, "experts_per_token is 2, so a router chooses one of 2"),
+        (
+            {"num_groups": 2, "groups_per_token": 2},
+            "one in each of 2 groups, so a router chooses one of 2",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_early(values: dict[str, Any], message: str) -> None:
