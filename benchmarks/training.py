@@ -100,7 +100,7 @@ class Subject:
         self.model = Transformer(config)
         if config.num_experts == 1:
             for layer in self.model.layers:
-                layer.moe = DenseLayer(config.hidden_size, config.expert_size)  # type: ignore[assignment]
+                layer.register_module("moe", DenseLayer(config.hidden_size, config.expert_size))
         for parameter in self.model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

@@ -197,7 +197,12 @@ def test_the_build_context_holds_what_the_image_copies_and_no_more() -> None:
     assert {line[1:] for line in lines if line.startswith("!")} == copied(DOCKERFILE)
 
 
-@pytest.mark.skipif(not shutil.which("git"), reason="no git on this machine")
+IN_A_CLONE = pytest.mark.skipif(
+    not (shutil.which("git") and (ROOT / ".git").exists()), reason="it asks git, and these files are no clone"
+)
+
+
+@IN_A_CLONE
 def test_checkpoints_are_kept_byte_for_byte_by_git() -> None:
     names = ["checkpoints/shakespeare/tokenizer.json", "checkpoints/shakespeare/model.safetensors"]
     git = ["git", "-C", str(ROOT), "check-attr", "text", "--", *names]
@@ -205,7 +210,7 @@ def test_checkpoints_are_kept_byte_for_byte_by_git() -> None:
     assert [line.rpartition(": ")[2] for line in told] == ["unset", "unset"]
 
 
-@pytest.mark.skipif(not shutil.which("git"), reason="no git on this machine")
+@IN_A_CLONE
 def test_git_ignores_what_running_and_training_leave_behind() -> None:
     left = ["x/.venv/bin/python", "data/tinyshakespeare.txt", "runs/quick/step-1/README.md", "model/__pycache__/a.pyc"]
     git = ["git", "-C", str(ROOT), "check-ignore", "--no-index", "--", *left, "model/router.py"]

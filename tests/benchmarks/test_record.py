@@ -19,15 +19,15 @@ from tests.checkpoints import tiny_checkpoint
 from tests.service.serving import ROOT, wait_until
 
 STARTS_A_SERVER = """
-import argparse, sys, time
+import argparse, sys
 from pathlib import Path
 from benchmarks.over_http import started
 from benchmarks.record import take
 
 def measure(arguments):
-    deaf = "trap 'touch told' TERM; sleep 1000 & echo $! > pid; wait; wait"
+    deaf = "trap 'touch told' TERM; sleep 100 & echo $! > pid; wait; wait"
     with started(["sh", "-c", deaf]):
-        time.sleep(1000)
+        sys.stdin.read()  # as long as the test is there
 
 take("nothing", argparse.Namespace(results=Path("results")), measure, str)
 """
@@ -93,7 +93,7 @@ def test_what_is_begun_is_told_to_end_with_us_and_killed_with_all_it_left_behind
     child = tmp_path / "pid"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     script = f"import benchmarks.over_http as it; it.ENDING_S = {0.2 if times == 1 else 1000}\n{STARTS_A_SERVER}"
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment, stdin=subprocess.PIPE)
     wait_until(lambda: child.exists() and child.read_text().endswith("\n"))
     process.send_signal(ending)
     if times == 2:
