@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -25,7 +26,7 @@ class PortRefused(Exception):
 
 
 def main(arguments: Sequence[str]) -> int:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # until the server takes over; while importing, to begin with
+    signal.signal(signal.SIGINT, _leave)  # until the server takes over; while importing, to begin with
     from model.checkpoint import CheckpointError
     from service.logs import configure_logging
     from service.settings import SettingsRefused, read_settings
@@ -43,6 +44,12 @@ def main(arguments: Sequence[str]) -> int:
         return _serve(settings, listener)
     except (PortRefused, CheckpointError, TargetsRefused) as refusal:
         return _refuse(str(refusal), EXIT_REFUSED)
+
+
+def _leave(*_: object) -> None:
+    # GNU make, which gets the same Ctrl-C, says "wait: No child processes" if we are gone before it has noticed.
+    time.sleep(0.2)
+    os._exit(0)
 
 
 def bind(host: str, port: int) -> socket.socket:
