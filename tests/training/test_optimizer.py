@@ -13,7 +13,7 @@ from model.transformer import Transformer
 from tests.checkpoints import tiny_model
 from training.config import TrainingConfig
 from training.optimizer import POLAR_EXPRESS, Muon, Optimizer, polar_factor, schedule
-from training.trainer import fast_products
+from training.trainer import fast_products, onednn_keeps_float32
 
 
 def test_an_optimizer_that_is_restored_goes_on_where_its_model_is(device: torch.device) -> None:
@@ -50,11 +50,18 @@ def test_a_clipped_step_sees_gradients_of_the_norm_that_was_asked_for() -> None:
     assert torch.cat([tensor.flatten() for tensor in seen]).norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("rows", [64, 256, 6144])
+def test_products_of_a_step_keep_float32_whatever_units_the_processor_has(rows: int) -> None:
+    fine = torch.full((rows, 256), 1 + 2**-20)
+    with fast_products(torch.device("cpu")):
+        assert torch.equal(fine @ torch.eye(256), fine)
+
+
 def test_products_are_fast_within_a_step_alone_even_if_it_raises() -> None:
     """What is scored afterwards is multiplied as everywhere."""
     products = cast(Any, torch.backends.mkldnn).matmul
     with suppress(ZeroDivisionError), fast_products(torch.device("cpu")):
-        assert products.fp32_precision == "bf16"
+        assert products.fp32_precision == ("bf16" if onednn_keeps_float32() else "none")
         raise ZeroDivisionError
     assert products.fp32_precision == "none"
 
