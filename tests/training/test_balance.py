@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -69,6 +70,22 @@ def test_the_chance_of_choice_is_that_of_beating_the_kth_best_of_the_others() ->
     assert (chance_of_choice(noisy, added, std, 3) == 1).all()
 
 
+def test_load_is_the_sum_of_those_chances_and_its_loss_their_squared_variation() -> None:
+    noisy = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.5]])
+    added = torch.tensor([[0.5, -0.5, 0.25], [0.0, 1.0, 0.5]])
+    std = torch.tensor([[1.0, 2.0, 0.5], [2.0, 1.0, 0.5]])
+    # Two of three: to be among them is to beat the lesser of the two others.
+    expected = [
+        phi((2.5 - 1) / 1) + phi((1.0 - 2.5) / 2),
+        phi((2.5 - 1) / 2) + phi((2.0 - 1) / 1),
+        phi((0.75 - 2) / 0.5) + phi((2.0 - 1) / 0.5),
+    ]
+    found = routing(noisy, 2, Noise(added, std))
+    torch.testing.assert_close(load(found), torch.tensor(expected))
+    mean = sum(expected) / 3
+    assert load_loss(found).item() == pytest.approx(sum((each - mean) ** 2 for each in expected) / 3 / mean**2)
+
+
 def test_an_experts_chance_is_the_frequency_with_which_it_is_chosen_over_new_noise_of_its_own() -> None:
     generator = torch.Generator().manual_seed(0)
     clean, std = torch.randn(5, generator=generator), torch.rand(5, generator=generator) + 0.3
@@ -89,7 +106,8 @@ def noisy_routing(x: Tensor, weight: Tensor, noise_weight: Tensor, drawn: Tensor
     return routing(x @ weight.T + drawn * std, k, Noise(drawn * std, std))
 
 
-def test_the_load_loss_has_the_gradient_of_its_finite_differences() -> None:
+@pytest.mark.parametrize("term", [switch_loss, z_loss, importance_loss, load_loss])
+def test_every_loss_has_the_gradient_of_its_finite_differences(term: Callable[[Routing], Tensor]) -> None:
     """In the router's weight and in the noise's, which is how either learns to spread the load."""
     generator = torch.Generator().manual_seed(0)
     x, weight, noise_weight, drawn = (
@@ -97,7 +115,7 @@ def test_the_load_loss_has_the_gradient_of_its_finite_differences() -> None:
     )
 
     def loss(weight: Tensor, noise_weight: Tensor) -> Tensor:
-        return load_loss(noisy_routing(x, weight, noise_weight, drawn, 2))
+        return term(noisy_routing(x, weight, noise_weight, drawn, 2))
 
     inputs = (weight.requires_grad_(), noise_weight.requires_grad_())
     assert torch.autograd.gradcheck(loss, inputs, eps=1e-7, atol=1e-5)
