@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from tests.training.processes import train, train_here
@@ -30,7 +31,9 @@ def test_the_lines_of_a_run_say_how_far_it_had_come(text: Path) -> None:
     lines = [json.loads(line) for line in (text.parent / "runs" / "lines" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["tokens"] for line in steps] == [8 * 32 * step for step in range(1, 21)]
-    assert [line["learning_rate_factor"] for line in steps][:3] == [0.5, 1, 1]
+    factors = [line["learning_rate_factor"] for line in steps]
+    assert factors[:3] == [0.5, 1, 1]
+    assert factors[-1] == pytest.approx(1 / 12, abs=1e-6), "of the last twelve steps, over which they fall"
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds)
     last = lines[-1]

@@ -16,6 +16,7 @@ from tests.checkpoints import plain_files
 from tests.training.processes import start, train, train_here, training
 from training import config as configs
 from training import corpora, runs
+from training.__main__ import _summary
 from training.config import BadConfig
 from training.history import History
 from training.trainer import Trainer, require_resumable
@@ -40,6 +41,18 @@ def test_the_best_step_outlives_the_newest_two(tmp_path: Path) -> None:
     assert history.best == {"step": 2, "validation_loss": 1.5}
     assert sorted(runs.step_of(folder) for folder in tmp_path.glob("step-*")) == [2, 4, 5]
     assert history.milestones == {"1.7439": {"step": 2, "tokens": 20, "seconds": 0.0, "flops": 200}}
+
+
+def test_a_run_ends_by_telling_its_final_and_its_best_step(text: Path) -> None:
+    run = text.parent / "run"
+    trainer = Trainer(configs.from_preset("tiny", {}), corpora.from_file(text), run, torch.device("cpu"))
+    for step, loss in ((10, 1.5), (20, 2.0)):
+        trainer.history.step = step
+        trainer.history.remember(loss, loss, tokens=0, flops=0)
+    final, best, serve = _summary(trainer, run / "step-20").splitlines()
+    assert final == f"final  validation loss 2.0000 at step 20: {run}/step-20"
+    assert best == f"best   validation loss 1.5000 at step 10: {run}/step-10"
+    assert serve.endswith(f"CHECKPOINT={run}/step-10")
 
 
 def test_a_run_has_one_trainer_at_a_time(text: Path) -> None:

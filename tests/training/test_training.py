@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model import checkpoint
+from model.transformer import Transformer
 from tests.checkpoints import TINY, tiny_model
 from tests.training.processes import VERSE, said, train, train_here, training
 from training import balance, corpora, runs
@@ -20,6 +21,7 @@ from training.config import BadConfig, TrainingConfig
 from training.corpora import Corpus
 from training.evaluate import evaluate
 from training.history import flops_per_token
+from training.initialise import initialise
 from training.objective import objective
 from training.sample import stream
 from training.trainer import Trainer
@@ -105,6 +107,18 @@ def test_each_term_of_the_loss_is_added_for_every_layer_times_its_weight(name: s
     expected = sum(term(routing) for routing in routings)
     assert expected > 0
     torch.testing.assert_close(loss - cross_entropy, 0.3 * expected)
+
+
+def test_a_run_begins_with_the_weights_and_the_rates_that_it_was_told(text: Path) -> None:
+    """AdamW's first step is as long as its rate, a quarter of the peak here, whatever the gradient."""
+    config = configs.from_preset("tiny", {"init": "xavier", "warmup_steps": 4})
+    trainer = Trainer(config, corpora.from_file(text), text.parent / "run", torch.device("cpu"))
+    expected = Transformer(trainer.model.config)
+    initialise(expected, config.seed, "xavier")
+    torch.testing.assert_close(trainer.model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    trainer.train_step(0)
+    moved = (trainer.model.norm.weight - 1).abs().mean().item()
+    assert moved == pytest.approx(config.embedding_learning_rate / 4, rel=1e-2)
 
 
 def test_a_step_descends_that_loss_and_not_the_cross_entropy_alone(text: Path) -> None:
