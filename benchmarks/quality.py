@@ -169,13 +169,19 @@ def _line(says: str, runs: Sequence[dict[str, Any]]) -> str:
         f"{trained[0]['tokens'] / 1e6:.1f} M",
         f"{minutes:.0f}",
         f"{trained[0]['flops']:.1e}",
-        ", ".join(f"{loss:.4f}" for loss in losses),
+        ", ".join(map(_losses, trained)),
         f"**{statistics.mean(losses):.4f}**{spread}",
         f"{statistics.mean(each['bits_per_character'] for each in trained):.4f}",
         _way_to_makemoe(runs),
         f"{max(each['max_load'] for each in trained):.2f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _losses(training: dict[str, Any]) -> str:
+    """That of the last step, and the best where another step had it."""
+    final, best = (f"{each['validation_loss']:.4f}" for each in (training, training["best"]))
+    return final if best == final else f"{final} (best {best})"
 
 
 def _core_minutes(each: dict[str, Any], seconds: float) -> float:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,13 +106,19 @@ def test_every_record_is_of_its_row_s_recipe_as_that_is_today() -> None:
 
 
 def test_a_mean_of_minutes_counts_cores_and_a_way_that_one_seed_did_not_end_is_not_told() -> None:
-    training = {"seconds": 600, "tokens": 2_000_000, "flops": 1e12, "validation_loss": 1.5, "max_load": 1.2}
-    training |= {"bits_per_character": 2.164}
+    training: dict[str, Any] = {
+        "seconds": 600,
+        "tokens": 2_000_000,
+        "flops": 1e12,
+        "validation_loss": 1.5,
+        "max_load": 1.2,
+    }
+    training |= {"bits_per_character": 2.164, "best": {"step": 9, "validation_loss": 1.5}}
     reached = {"milestones": {quality.MAKEMOE: {"seconds": 60, "flops": 1e11}}}
     runs = [{"row": "strict", "seed": 1, "threads": 2, "training": training | reached}]
     assert "| 20 |" in quality.table(runs)
     assert "| 2.0, 1.0e+11 |" in quality.table(runs)
     late = {**runs[0], "seed": 2, "training": training | {"milestones": {}, "validation_loss": 1.7}}
     table = quality.table([*runs, json.loads(json.dumps(late))])
-    assert "**1.6000** ± 0.1414 | 2.1640 |" in table
+    assert "| 1.5000, 1.7000 (best 1.5000) | **1.6000** ± 0.1414 | 2.1640 |" in table
     assert "1.0e+11" not in table
