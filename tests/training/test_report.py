@@ -159,6 +159,15 @@ def test_whatever_a_model_writes_its_card_is_one_table_and_whole_code(passage: s
     assert [token.content.strip() for token in read if token.type == "fence"] == report["samples"]
 
 
+def test_the_shipped_card_is_made_of_its_own_record_and_report_and_the_pages_tell_its_loss() -> None:
+    folder = ROOT / "checkpoints" / "shakespeare"
+    facts, report = (json.loads((folder / name).read_text()) for name in ("training.json", "report.json"))
+    assert report["fingerprint"] == checkpoint.verify(folder).fingerprint
+    assert card("shakespeare", checkpoint.read_config(folder), facts, report) == (folder / "README.md").read_text()
+    for page in ("README.md", "docs/training.md"):
+        assert f"**{facts['validation_loss']:.4f}**" in (ROOT / page).read_text(), page
+
+
 def trained_on(
     folder: Path, *, text: str = "1", name: str = "verse", batch_size: int = 8, seed: int = 1, of_bytes: bool = False
 ) -> Path:
