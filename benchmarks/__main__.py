@@ -26,7 +26,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="How fast the engine is, alone and over HTTP."
     )
-    parser.add_argument("--only", choices=("engine", "http"), help="one of the two; then there is no share to tell")
     parser.add_argument("--server", metavar="URL", help="measure a server that is running already, over HTTP")
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
     parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
@@ -49,7 +48,7 @@ def measure(arguments: argparse.Namespace) -> Result:
             for subject, kept in zip((engine, target), trials[streams], strict=True):
                 if subject:
                     kept.append(subject.trial(workload, streams))
-    facts = asdict(engine.info) if engine else target.info if target else {}
+    facts = asdict(engine.info) if engine else target.info
     elsewhere = {"checkpoint": arguments.server, "manifest": facts.get("checkpoint"), "cores_of_others": None}
     return {
         **(elsewhere if arguments.server else {}),
@@ -60,17 +59,15 @@ def measure(arguments: argparse.Namespace) -> Result:
 
 
 def _engine(arguments: argparse.Namespace, stack: ExitStack) -> EngineProcess | None:
-    if arguments.server or arguments.only == "http":
+    if arguments.server:
         return None
     options = EngineOptions(arguments.checkpoint, "auto", arguments.threads, max(arguments.streams), 1024, 128)
     return stack.enter_context(engine_process(options))
 
 
-def _target(arguments: argparse.Namespace, stack: ExitStack) -> Target | None:
+def _target(arguments: argparse.Namespace, stack: ExitStack) -> Target:
     if arguments.server:
         return Target(arguments.server)
-    if arguments.only == "engine":
-        return None
     return stack.enter_context(server_process(arguments.checkpoint, max(arguments.streams), arguments.threads))
 
 
@@ -81,8 +78,7 @@ def table(result: Result) -> str:
 
 
 def main() -> int:
-    arguments = parse()
-    return 0 if take("engine" if arguments.only == "engine" else "http", arguments, measure, table) else 1
+    return 0 if take("http", parse(), measure, table) else 1
 
 
 if __name__ == "__main__":

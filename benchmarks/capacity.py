@@ -145,7 +145,7 @@ def most_per_second(service: Service, *, within_s: float, requests: int, tokens:
 
 def measured_rates(file: Path | None, results: Path = RESULTS) -> tuple[Path, Result]:
     """A record of the engine's rates, the newest there is unless one is named. Raises Trouble, OSError."""
-    for path in [file] if file else kept("engine", "http", folder=results):
+    for path in [file] if file else kept("http", results):
         try:
             record: Result = json.loads(path.read_text())
             if len([each["engine"]["tokens_per_second"] for each in record["figures"]]) > 1:

@@ -115,15 +115,14 @@ def write(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def kept(*what: str, folder: Path = RESULTS) -> list[Path]:
-    """The records of these kinds, the newest first, those of one moment in the order of the kinds."""
-    found = [(path.stem.removeprefix(f"{kind}-"), path) for kind in what for path in folder.glob(f"{kind}-*.json")]
-    return [path for _, path in sorted(found, key=lambda each: each[0], reverse=True)]
+def kept(what: str, folder: Path = RESULTS) -> list[Path]:
+    """The records of this kind, the newest first."""
+    return sorted(folder.glob(f"{what}-*.json"), reverse=True)
 
 
 def newest(what: str, folder: Path = RESULTS) -> Path:
     """Raises Trouble when there is none."""
-    for path in kept(what, folder=folder):
+    for path in kept(what, folder):
         return path
     raise Trouble(f"there is no {what}-*.json in {folder}")
 

@@ -34,7 +34,7 @@ def figures(streams: int, engine: Sequence[EngineTrial], http: Sequence[HttpTria
     return {
         "streams": streams,
         "engine": _engine(engine) if engine else None,
-        "http": over_http(http) if http else None,
+        "http": over_http(http),
         "share": _median(shares, 4),
         "shares": [round(share, 4) for share in shares],
     }

@@ -61,19 +61,19 @@ def test_the_table_has_a_row_for_every_case(capsys: pytest.CaptureFixture[str]) 
     assert [row.split(" | ")[0].strip("| ") for row in rows] == ["1", "2"]
 
 
-def test_rates_are_the_newest_that_any_benchmark_of_the_engine_has_kept(tmp_path: Path) -> None:
-    """`make bench` keeps the engine's with those over HTTP; a server that was elsewhere has none."""
+def test_rates_are_the_newest_of_an_engine_that_make_bench_has_kept(tmp_path: Path) -> None:
+    """A server that was elsewhere has none."""
 
     def keep(name: str, **engine: object) -> None:
         (tmp_path / name).write_text(json.dumps({"figures": [{"streams": n, **engine} for n in (1, 8)]}))
 
     with pytest.raises(Trouble):
         measured_rates(None, tmp_path)
-    keep("engine-2026-11-26.json", engine={"tokens_per_second": 1.0})
+    keep("http-2026-11-26.json", engine={"tokens_per_second": 1.0})
     keep("http-2026-11-26T120000.json", engine={"tokens_per_second": 2.0})
     keep("http-2026-11-27T120000.json", engine=None)
-    (tmp_path / "engine-2026-11-28.json").write_text('{"figures": [')
+    (tmp_path / "http-2026-11-28T120000.json").write_text('{"figures": [')
     assert measured_rates(None, tmp_path)[0].name == "http-2026-11-26T120000.json"
-    assert measured_rates(tmp_path / "engine-2026-11-26.json")[0].name == "engine-2026-11-26.json"
+    assert measured_rates(tmp_path / "http-2026-11-26.json")[0].name == "http-2026-11-26.json"
     with pytest.raises(Trouble):
         measured_rates(tmp_path / "http-2026-11-27T120000.json")

@@ -74,12 +74,12 @@ def test_who_had_busy_neighbours_is_not_to_be_trusted(
     assert json.loads(newest("nothing", tmp_path).read_text())["machine"]["cores_of_others"] == others
 
 
-def test_the_newest_is_found_by_its_moment_whatever_its_kind(tmp_path: Path) -> None:
-    names = ["a-2026-11-26", "a-2026-11-26T090000", "b-2026-11-26T080000", "b-2026-11-27T000000", "ab-2030-01-01"]
+def test_the_newest_is_found_by_its_moment_among_those_of_its_kind(tmp_path: Path) -> None:
+    names = ["a-2026-11-26", "a-2026-11-26T090000", "a-2026-11-27", "b-2026-11-28", "ab-2030-01-01"]
     for name in names:
         write(tmp_path / f"{name}.json", "{}")
-    assert [path.stem for path in kept("a", "b", folder=tmp_path)] == [names[3], names[1], names[2], names[0]]
-    assert newest("a", tmp_path).stem == names[1]
+    assert [path.stem for path in kept("a", tmp_path)] == [names[2], names[1], names[0]]
+    assert newest("a", tmp_path).stem == names[2]
     with pytest.raises(Trouble):
         newest("c", tmp_path)
 
