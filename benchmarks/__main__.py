@@ -7,35 +7,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from benchmarks import report
 from benchmarks.engine import EngineProcess, engine_process
 from benchmarks.over_http import Target, server_process
-from benchmarks.record import RESULTS, Result, take
+from benchmarks.record import Result, command_line, take
 from benchmarks.workload import REQUESTS, Workload
-from model.machine import usable_cpus
 from service.engine.loading import EngineOptions
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="How fast the engine is, alone and over HTTP."
-    )
+def parse() -> argparse.Namespace:
+    parser = command_line("benchmarks", "How fast the engine is, alone and over HTTP.")
     parser.add_argument("--server", metavar="URL", help="measure a server that is running already, over HTTP")
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
-    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N", help="at the same time")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of engine and HTTP in turn")
     parser.add_argument("--requests", type=int, default=200, metavar="N", help=REQUESTS)
     parser.add_argument("--new-tokens", type=int, default=150, metavar="N")
     parser.add_argument("--prompt-characters", type=int, default=64, metavar="N")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def measure(arguments: argparse.Namespace) -> Result:

@@ -13,17 +13,15 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks import native
-from benchmarks.record import RESULTS, Result, take
+from benchmarks.record import Result, command_line, take
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.experts import ROW_MULTIPLE
-from model.machine import usable_cpus
 from model.router import Routing
 from service.engine.counters import ExpertCounters
 from service.engine.engine import Engine
@@ -95,17 +93,14 @@ class NativeSubject:
         return [float(parts[COUNTING] / parts.sum()) for parts in bursts]
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.counting", description="The cost of counting experts.")
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
+def parse() -> argparse.Namespace:
+    parser = command_line("benchmarks.counting", "The cost of counting experts.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N", help="at the same time")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--steps", type=int, default=40, metavar="N", help="of each number of streams in a round")
     parser.add_argument("--at-most", type=float, default=MOST_OF_A_STEP, metavar="SHARE", help="of a step")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def measure(arguments: argparse.Namespace) -> Result:

@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.record import RESULTS, Result, take
+from benchmarks.record import Result, command_line, take
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.kv_cache import KVCache
-from model.machine import usable_cpus
 from model.routing import expert_counts
 from model.transformer import Transformer
 from service.expert_window import LEAST_TOKENS, Floats, divergence
@@ -36,17 +35,14 @@ CHUNK = 250  # so that the least tokens of a window are a whole number of them
 Figures = dict[str, Any]
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.drift", description="Routing drift of known texts.")
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
+def parse() -> argparse.Namespace:
+    parser = command_line("benchmarks.drift", "Routing drift of known texts.")
     parser.add_argument("--data", type=Path, metavar="FILE", help="what it was trained on, if that was a file")
-    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
     parser.add_argument("--windows", type=int, nargs="+", default=[LEAST_TOKENS, 4_000, 16_000], metavar="TOKENS")
     parser.add_argument("--tokens", type=int, default=48_000, metavar="N", help="of the validation text")
     parser.add_argument("--random", type=int, default=16_000, metavar="N", help="random characters")
     parser.add_argument("--own", type=int, default=8_000, metavar="N", help="tokens that the model writes itself")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args()
     if any(window <= 0 or window % CHUNK for window in given.windows):
         parser.error(f"--windows are multiples of {CHUNK}")
     return given

@@ -215,7 +215,7 @@ def run(arguments: argparse.Namespace) -> dict[str, list[Comparison]]:
     return found
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.interop", description="Do other engines write our greedy text from our files?"
     )
@@ -227,7 +227,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of llama.cpp")
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="of the GGUF file")
     parser.add_argument("--environments", type=Path, default=HERE / ".peers", metavar="FOLDER")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def main() -> int:

@@ -14,20 +14,18 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.record import RESULTS, Result, take
+from benchmarks.record import Result, command_line, take
 from model import checkpoint
 from model.config import ModelConfig
 from model.experts import ROW_MULTIPLE
-from model.machine import usable_cpus
 from model.sampling import SamplingBatch
 from model.transformer import Transformer
 from service.engine.batch import DecodeBatch, Piece, PrefillBatch, Wishes
@@ -51,18 +49,15 @@ SHARES = ("of gemm", "of memory", "of cache")
 NO_WISHES = Wishes(None, None)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.native", description="Where a native step's time goes.")
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
-    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
+def parse() -> argparse.Namespace:
+    parser = command_line("benchmarks.native", "Where a native step's time goes.")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N")
     parser.add_argument(
         "--position", type=int, default=139, metavar="N", help="of all rows; 139 is the middle of a race"
     )
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 256, 1000], metavar="N", help="their lengths")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help=f"each the best of {TRIES} tries")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 class Subject:

@@ -31,11 +31,10 @@ from benchmarks import llama_server, report
 from benchmarks.client import Dialect, openai
 from benchmarks.interop import HERE, PEERS, interpreter_of, versions_of
 from benchmarks.over_http import HttpTrial, NoServer, measure, peak_mib, server_process, started
-from benchmarks.record import RESULTS, TROUBLES, Result, Trouble, in_one_line, take
+from benchmarks.record import TROUBLES, Result, Trouble, command_line, in_one_line, take
 from benchmarks.workload import REQUESTS, Workload
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.machine import usable_cpus
 from training import gguf_export
 
 STARTING_S = 600.0
@@ -303,16 +302,13 @@ def table(result: Result) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.race", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
+    parser = command_line("benchmarks.race", "Our server and others with the same weights, client and requests.")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N", help="at the same time")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--requests", type=int, default=64, metavar="N", help=REQUESTS)
     parser.add_argument("--new-tokens", type=int, default=150, metavar="N")
-    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
     parser.add_argument("--environments", type=Path, default=HERE / ".peers", metavar="FOLDER")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     return parser.parse_args(arguments)
 
 

@@ -40,6 +40,16 @@ TROUBLES = (Trouble, CheckpointError, Refused, NoLibrary, OSError, EOFError)
 """What ends a benchmark, or one contestant of a race, in one line. EOFError: the engine's process has ended."""
 
 
+def command_line(module: str, description: str, *, of_checkpoint: bool = True) -> argparse.ArgumentParser:
+    """What every benchmark that keeps a record can be told; each adds its own."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    if of_checkpoint:
+        parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/shakespeare"), metavar="FOLDER")
+    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    return parser
+
+
 def refusing(what: str, action: Callable[[], T]) -> T | None:
     """What the action returns; None where there was trouble, which has then been told in one line.
 

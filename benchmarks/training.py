@@ -20,18 +20,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.record import RESULTS, Result, take
+from benchmarks.record import Result, command_line, take
 from model.chance import LayerChance
 from model.config import ModelConfig
 from model.experts import Experts
-from model.machine import usable_cpus
 from model.router import Routing
 from model.transformer import Transformer
 from training import config as configs
@@ -262,15 +260,13 @@ def table(result: Result) -> str:
     return "\n".join(text)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description="How fast a model trains.")
+def parse() -> argparse.Namespace:
+    parser = command_line("benchmarks.training", "How fast a model trains.", of_checkpoint=False)
     parser.add_argument("--preset", choices=configs.preset_names(), default="shakespeare")
-    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="in which everything takes its turn")
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 1024], metavar="N", help="of 32 units each")
     parser.add_argument("--gemm", type=int, default=2048, metavar="N", help="the side of the peak's square matrices")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def main() -> int:
