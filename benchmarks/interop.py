@@ -28,6 +28,8 @@ from training import gguf_export
 from training.sample import stream
 
 HERE = Path(__file__).parent
+QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+"""What the engines read of their environment: a GiB for keys and values, and neither talk nor downloads."""
 PROMPTS = ("ROMEO:\n", "JULIET:\nO ", "First Citizen:\n", "To be, or not to be")
 
 # vllm-cpu wants a build of torch that only torch's own index has; the plain release computes the same. What it wants
@@ -184,8 +186,9 @@ def texts_of(peer: Peer, python: Path, request: dict[str, Any], folder: Path) ->
 
 def run_quietly(command: Sequence[str | Path], what: str) -> str:
     """What it printed. Raises PeerFailed with its last line."""
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env={**os.environ, **QUIET}, check=False
+    )
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"it ended with {done.returncode}"]
         raise PeerFailed(f"{what}: {lines[-1]}")
@@ -224,7 +227,7 @@ def parse() -> argparse.Namespace:
         "--peers", nargs="+", choices=PEERS, default=["llama.cpp"], help="others take 1 to 2 GB, vllm minutes"
     )
     parser.add_argument("--new-tokens", type=int, default=200, metavar="N")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of llama.cpp")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of llama.cpp and transformers")
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="of the GGUF file")
     parser.add_argument("--environments", type=Path, default=HERE / ".peers", metavar="FOLDER")
     return parser.parse_args()

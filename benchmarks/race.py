@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks import llama_server, report
 from benchmarks.client import Dialect, openai
-from benchmarks.interop import HERE, PEERS, interpreter_of, versions_of
+from benchmarks.interop import HERE, PEERS, QUIET, interpreter_of, versions_of
 from benchmarks.over_http import HttpTrial, NoServer, measure, peak_mib, server_process, started
 from benchmarks.record import TROUBLES, Result, Trouble, command_line, in_one_line, take
 from benchmarks.workload import REQUESTS, Workload
@@ -108,11 +108,14 @@ def llama(dtype: gguf_export.DType, setting: Setting) -> Iterator[Running]:
 def vllm(setting: Setting) -> Iterator[Running]:
     python = interpreter_of(PEERS["vllm"], setting.environments)
     about, port = versions_of(PEERS["vllm"], python), _free_port()
-    arguments = (setting.loaded.manifest.folder, setting.slots, setting.context, port)
-    command = [python, HERE / "peers" / "serve_vllm.py", *arguments]
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    command = [
+        *(python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", port),
+        *("--model", setting.loaded.manifest.folder, "--served-model-name", "model", "--dtype", "float32"),
+        *("--max-model-len", setting.context, "--max-num-seqs", setting.slots, "--no-enable-prefix-caching"),
+        *("--disable-log-stats", "--disable-uvicorn-access-log"),
+    ]
     cores = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{setting.threads - 1}"}
-    with _answering(command, port, setting, {**own, **cores}) as process:
+    with _answering(command, port, setting, cores) as process:
         # Seeded requests end its engine on a CPU: its generator has no offset there.
         dialect = openai("model", ignore_eos=True, **UNFILTERED)
         yield Running(f"http://127.0.0.1:{port}", process.pid, dialect, about)
@@ -122,10 +125,15 @@ def vllm(setting: Setting) -> Iterator[Running]:
 def transformers(setting: Setting) -> Iterator[Running]:
     python = interpreter_of(PEERS["transformers"], setting.environments)
     about, port = versions_of(PEERS["transformers"], python), _free_port()
-    folder = setting.loaded.manifest.folder.resolve()
-    command = [python, HERE / "peers" / "serve_transformers.py", folder, setting.slots, port]
-    own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(setting.threads)}
-    with _answering(command, port, setting, own) as process:
+    folder = setting.loaded.manifest.folder
+    command = [
+        *(python, "-m", "transformers.cli.transformers", "serve", folder, "--host", "127.0.0.1", "--port", port),
+        # Without continuous batching a request waits until the one before it has ended. A block holds 256 positions,
+        # more than a text has here; left to itself it takes most of the machine's memory.
+        *("--continuous-batching", "--cb-num-blocks", 2 * setting.slots),
+        *("--device", "cpu", "--dtype", "float32", "--log-level", "error"),
+    ]
+    with _answering(command, port, setting, {"OMP_NUM_THREADS": str(setting.threads)}) as process:
         # A seed would be everybody's. Its last chunk, with the usage, is followed by no [DONE].
         options = json.dumps({"do_sample": True, "top_k": 0, "top_p": 1.0})  # of other words it knows none
         dialect = replace(openai(str(folder), generation_config=options), done=b'"usage":')
@@ -140,13 +148,17 @@ def _free_port() -> int:
 
 @contextmanager
 def _answering(
-    command: Sequence[object], port: int, setting: Setting, env: Mapping[str, str] | None = None
+    command: Sequence[object], port: int, setting: Setting, own: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """A server once it says that it is well. Raises NoServer with the last that it said."""
+    """A server once it says that it is well; own is what it alone reads of its environment.
+
+    Raises NoServer with the last that it said.
+    """
+    environment = {**os.environ, **QUIET, **(own or {})}
     log = setting.files / f"{port}.log"
     with (
         log.open("w") as file,
-        started(command, env={**os.environ, **(env or {})}, stdout=file, stderr=subprocess.STDOUT) as process,
+        started(command, env=environment, stdout=file, stderr=subprocess.STDOUT) as process,
     ):
         if not _is_well(f"http://127.0.0.1:{port}/health", process):
             said = log.read_text(errors="replace").split("\n")
