@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.race import CONTESTANTS, EMPTY, NO_PEERS, OURS, label
+from benchmarks.contestants import CONTESTANTS, EMPTY, NO_PEERS, OURS, label
 from benchmarks.record import newest, refusing
 
 PICTURE = Path("docs/race.svg")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import llama_server, race, report
+from benchmarks import contestants, llama_server, race, report
 from benchmarks.client import MOESCOPE, closed_loop, openai
+from benchmarks.contestants import UNFILTERED, Running, Setting
 from benchmarks.interop import PeerFailed
 from benchmarks.over_http import HttpTrial, NoServer, cpu_seconds, measure, peak_mib
-from benchmarks.race import UNFILTERED, Running, Setting, Standing
+from benchmarks.race import Standing
 from benchmarks.record import Trouble
 from benchmarks.workload import Workload
 from model import checkpoint
@@ -49,11 +50,11 @@ def test_openai_s_words_are_counted_as_ours_are(server: Server) -> None:
 
 def test_the_empty_server_answers_every_token_and_is_nobody_s_peer(folder: Path, tmp_path: Path) -> None:
     setting = Setting(checkpoint.load(folder), 2, 1, tmp_path, tmp_path)
-    with race.nobody(setting) as running:
+    with contestants.nobody(setting) as running:
         answers = closed_loop(running.url, WORKLOAD.queues(CHARACTERS, 3), running.dialect)
     assert [len(answer.token_times) for answer in answers] == [12] * 6
     row = {"trouble": None, "streams": {1: {"rounds": [900.0]}}}
-    assert race.ratios({"Moescope": row, race.EMPTY: row}) == {}
+    assert race.ratios({"Moescope": row, contestants.EMPTY: row}) == {}
 
 
 def test_a_server_s_cpu_and_memory_are_those_of_its_process(server: Server) -> None:
@@ -83,9 +84,9 @@ def test_they_take_turns_and_who_fails_once_is_told_left_behind_and_has_no_figur
     def tired(setting: Setting) -> AbstractContextManager[Running]:
         return bad(setting) if len(turns) > 4 else good(setting)
 
-    contestants = {"Moescope": good, "another": good, "absent": bad, "tired": tired}
-    monkeypatch.setattr(race, "CONTESTANTS", contestants)
-    arguments = argparse.Namespace(contestants=list(contestants), streams=[1, 2], rounds=2)
+    starters = {"Moescope": good, "another": good, "absent": bad, "tired": tired}
+    monkeypatch.setattr(race, "CONTESTANTS", starters)
+    arguments = argparse.Namespace(contestants=list(starters), streams=[1, 2], rounds=2)
     setting = Setting(checkpoint.load(folder), 2, 1, tmp_path, tmp_path)
     found = race.figures(race.compete(setting, arguments, WORKLOAD))
     assert turns == ["good", "good", "bad", "good", "good", "good", "bad"]
@@ -108,8 +109,8 @@ SERVED, FAILED = Standing({}), Standing({}, trouble="no")
     "standings",
     [
         {"Moescope native": FAILED, "Moescope torch": SERVED, "vLLM": SERVED},
-        {"Moescope native": SERVED, "vLLM": FAILED, "llama.cpp F32": FAILED, race.ROUNDED: SERVED},
-        {race.ROUNDED: FAILED, race.EMPTY: FAILED},
+        {"Moescope native": SERVED, "vLLM": FAILED, "llama.cpp F32": FAILED, contestants.ROUNDED: SERVED},
+        {contestants.ROUNDED: FAILED, contestants.EMPTY: FAILED},
     ],
     ids=["one of ours is missing", "no peer has served", "nobody has"],
 )
@@ -119,8 +120,10 @@ def test_a_race_without_us_or_without_peers_is_none(standings: dict[str, Standin
 
 
 def test_a_race_in_which_one_peer_has_failed_or_none_was_asked_is_one() -> None:
-    race.require_a_race({"Moescope native": SERVED, "vLLM": FAILED, "llama.cpp F32": SERVED, race.ROUNDED: FAILED})
-    race.require_a_race({"Moescope native": SERVED, race.EMPTY: SERVED})
+    race.require_a_race(
+        {"Moescope native": SERVED, "vLLM": FAILED, "llama.cpp F32": SERVED, contestants.ROUNDED: FAILED}
+    )
+    race.require_a_race({"Moescope native": SERVED, contestants.EMPTY: SERVED})
 
 
 def test_what_nobody_of_the_peers_can_take_ends_in_a_line_and_keeps_nothing(
@@ -174,7 +177,7 @@ def test_who_has_other_weights_is_told_and_is_no_peer(folder: Path, tmp_path: Pa
     }
     found = {
         "Moescope": {"trouble": None, "streams": {1: row}},
-        race.ROUNDED: {"trouble": None, "streams": {1: row | {"rounds": [900.0], "tokens_per_second": 900.0}}},
+        contestants.ROUNDED: {"trouble": None, "streams": {1: row | {"rounds": [900.0], "tokens_per_second": 900.0}}},
     }
     assert race.ratios(found) == {}
     another = {"trouble": None, "streams": {1: row | {"rounds": [50.0]}}}
