@@ -1,1 +1,1 @@
-"""Speed, as ratios within one run. Nothing here decides right or wrong."""
+"""What is measured rather than tested: speed as ratios within one run, recipes, routing drift, other engines."""

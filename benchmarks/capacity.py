@@ -158,7 +158,9 @@ def measured_rates(file: Path | None, results: Path = RESULTS) -> tuple[Path, Re
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="How many requests a second replicas can take.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.capacity", description="How many requests a second replicas can take."
+    )
     parser.add_argument(
         "--engine", type=Path, metavar="FILE", help="a record of python -m benchmarks; or else the newest"
     )

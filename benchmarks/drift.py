@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def texts(loaded: Checkpoint, arguments: argparse.Namespace) -> dict[str, Tensor
     generator = torch.Generator().manual_seed(1)
     return {
         "validation text": torch.tensor(ids[: arguments.tokens]),
-        "its own text": torch.tensor(list(islice(drawn, arguments.own))),
+        "its own text": torch.tensor(list(drawn)),
         "random characters": torch.randint(loaded.config.vocab_size, (arguments.random,), generator=generator),
     }
 

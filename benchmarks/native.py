@@ -45,7 +45,7 @@ PRODUCTS: list[Callable[[Tensor], Tensor]] = [lambda square: square @ square]
 """Torch's own product, and that of oneDNN where torch has it: MKL reaches half of an AMD's peak."""
 if torch.backends.mkldnn.is_available():
     PRODUCTS.append(lambda square: torch.ops.mkldnn._linear_pointwise(square, square, None, "none", [], ""))
-SHARES = ("of gemm", "of memory", "of cache")
+SHARES = ("of_gemm", "of_memory", "of_cache")
 NO_WISHES = Wishes(None, None)
 
 
@@ -159,10 +159,10 @@ def measure(arguments: argparse.Namespace) -> Result:
             parts[rows].append(min((of_step for _, of_step in trials), key=lambda each: each.sum().item()))
             told["step", rows].append(seconds)
             told["alone", rows].append(min(subject.step(rows, 1)[0] for _ in range(TRIES)))
-            told["of gemm", rows].append(operations(config, position) * rows / seconds / gemm)
+            told["of_gemm", rows].append(operations(config, position) * rows / seconds / gemm)
             if rows == 1:  # several share what they read
-                told["of memory", rows].append(active_bytes(config, position) / seconds / memory)
-                told["of cache", rows].append(active_bytes(config, position) / seconds / cache)
+                told["of_memory", rows].append(active_bytes(config, position) / seconds / memory)
+                told["of_cache", rows].append(active_bytes(config, position) / seconds / cache)
         subject.runner.threads = arguments.threads
         for length in arguments.prompts:
             for name, runner in (("native", subject.runner), ("torch", plain)):
@@ -192,7 +192,7 @@ def _figures(rows: int, middle: dict[tuple[str, int], float], parts: list[Tensor
         "us_per_step": round(middle["step", rows] * 1e6, 1),
         "tokens_per_second": round(rows / middle["step", rows]),
         "by_one_thread": round(rows / middle["alone", rows]),
-        **{name.replace(" ", "_"): round(middle[name, rows], 3) for name in SHARES if (name, rows) in middle},
+        **{name: round(middle[name, rows], 3) for name in SHARES if (name, rows) in middle},
         "parts": {name: round(share, 4) for name, share in zip(PARTS, shares, strict=True)},
     }
 
@@ -207,7 +207,7 @@ def table(result: Result) -> str:
     lines += [["tokens/s", *(f"{step['tokens_per_second']:,}" for step in steps)]]
     lines += [["1 thread", *(f"{step['by_one_thread']:,}" for step in steps)]]
     lines += [["us a step", *(f"{step['us_per_step']:,.0f}" for step in steps)]]
-    for share in (name.replace(" ", "_") for name in SHARES):
+    for share in SHARES:
         lines += [[share.replace("_", " "), *(f"{step[share]:.0%}" if share in step else "" for step in steps)]]
     lines += [[part, *(f"{step['parts'][part]:.1%}" for step in steps)] for part in PARTS]
     told = [limits.format_map(result)]
