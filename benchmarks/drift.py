@@ -70,9 +70,7 @@ def counts_by_chunk(model: Transformer, ids: Tensor) -> Tensor:
     cache = KVCache(model.config, num_slots=1, device=ids.device)
     counts = []
     for start in range(0, len(ids) - CHUNK + 1, CHUNK):
-        positions = torch.arange(start, start + CHUNK)
-        view = cache.prefill(slot=0, start=start, num_tokens=CHUNK, num_rows=CHUNK)
-        _, routings = model.hidden(ids[None, start : start + CHUNK], positions[None], view.layer)
+        _, routings = sample.read(model, cache, ids[start : start + CHUNK], start)
         counts.append(expert_counts(routings, model.config.num_experts))
     return torch.stack(counts)
 

@@ -15,6 +15,7 @@ from model.kv_cache import KVCache
 from model.routing import expert_counts, load_entropy_ratio, max_load_ratio
 from model.transformer import Transformer
 from training import Refused
+from training.sample import read
 
 WINDOWS_AT_ONCE = 24
 
@@ -81,8 +82,6 @@ def stream_loss(model: Transformer, ids: Tensor) -> float:
     total = 0.0
     for start in range(0, len(ids) - 1, chunk):
         x = ids[start : min(start + chunk, len(ids) - 1)]
-        positions = torch.arange(start, start + len(x), device=ids.device)
-        view = cache.prefill(slot=0, start=start, num_tokens=len(x), num_rows=len(x))
-        hidden, _ = model.hidden(x[None], positions[None], view.layer)
+        hidden, _ = read(model, cache, x, start)
         total += F.cross_entropy(model.head(hidden[0]), ids[start + 1 : start + 1 + len(x)], reduction="sum").item()
     return total / (len(ids) - 1)

@@ -1,4 +1,7 @@
-"""Text from a checkpoint, printed as it is drawn; the service's way of reading, one sequence at a time."""
+"""Text from a checkpoint, printed as it is drawn; the service's way of reading, one sequence at a time.
+
+Letters: T tokens, C channels.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from collections.abc import Iterator
 from itertools import takewhile
 
 import torch
+from torch import Tensor
 
 from model.generate import sampling_options
 from model.kv_cache import KVCache
+from model.router import Routing
 from model.sampling import draw
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -24,13 +29,13 @@ def stream(
     """Draw ids one by one through a ring cache, for ever if asked."""
     options = sampling_options(model.device, temperature, top_k, top_p, seed)
     cache = KVCache(model.config, num_slots=1, device=model.device)
-    for start in range(0, len(prompt_ids), model.config.context_length):
-        chunk = prompt_ids[start : start + model.config.context_length]
-        logits = _read(model, cache, chunk, start)
-    for position in range(len(prompt_ids), len(prompt_ids) + length):
-        token_id = int(draw(logits, options, torch.tensor([position], device=model.device)))
-        yield token_id
-        logits = _read(model, cache, [token_id], position)
+    prompt, chunk = torch.tensor(prompt_ids, device=model.device), model.config.context_length
+    for start in range(0, len(prompt), chunk):
+        hidden, _ = read(model, cache, prompt[start : start + chunk], start)
+    for position in range(len(prompt), len(prompt) + length):
+        drawn = draw(model.head(hidden[:, -1]), options, torch.tensor([position], device=model.device))
+        yield int(drawn)
+        hidden, _ = read(model, cache, drawn, position)
 
 
 def items(
@@ -60,10 +65,8 @@ def items(
             return
 
 
-def _read(model: Transformer, cache: KVCache, ids: list[int], start: int) -> torch.Tensor:
-    """Feed a chunk at positions from start on; the logits (1, V) after its last token."""
-    positions = torch.arange(start, start + len(ids), device=model.device)
+def read(model: Transformer, cache: KVCache, ids: Tensor, start: int) -> tuple[Tensor, list[Routing]]:
+    """Feed a chunk (T,) at positions from start on to the cache's first slot -> (1, T, C) and each layer's routing."""
+    positions = torch.arange(start, start + len(ids), device=ids.device)
     view = cache.prefill(slot=0, start=start, num_tokens=len(ids), num_rows=len(ids))
-    hidden, _ = model.hidden(torch.tensor([ids], device=model.device), positions[None], view.layer)
-    logits: torch.Tensor = model.head(hidden[:, -1])
-    return logits
+    return model.hidden(ids[None], positions[None], view.layer)
