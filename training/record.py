@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: the files that serving reads, the training record, a sample and a model card."""
+"""What a checkpoint says of itself: the files that serving reads, the training record and a model card."""
 
 from __future__ import annotations
 
@@ -65,12 +65,6 @@ def known_answer(model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
         margin = float((best[:, 0] - best[:, -1]).min())
         answers.append({"prompt": prompt, "ids": ids, "margin": round(margin, 6)})
     return max(answers, key=lambda answer: answer["margin"])
-
-
-def sample(model: Transformer, tokenizer: Tokenizer, length: int = 200) -> str:
-    """Some text at temperature 0.8, from a new line."""
-    start = tokenizer.encode(tokenizer.fold("\n") or tokenizer.tokens[0])
-    return tokenizer.decode(generate(model, start, length, temperature=0.8, seed=1))
 
 
 def card(name: str, config: ModelConfig, facts: dict[str, Any], text: str) -> str:

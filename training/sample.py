@@ -38,6 +38,12 @@ def stream(
         hidden, _ = read(model, cache, drawn, position)
 
 
+def from_a_new_line(model: Transformer, tokenizer: Tokenizer, length: int, seed: int) -> str:
+    """Text at temperature 0.8, after a newline if the vocabulary has one."""
+    start = tokenizer.encode(tokenizer.fold("\n") or tokenizer.tokens[0])
+    return tokenizer.decode(stream(model, start, length, temperature=0.8, top_k=0, top_p=1.0, seed=seed))
+
+
 def items(
     model: Transformer,
     tokenizer: Tokenizer,

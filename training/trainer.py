@@ -37,6 +37,9 @@ from training.optimizer import Optimizer, schedule
 from training.parallel import ALONE, Ranks
 from training.progress import Progress
 from training.report.experts import chosen_by_class
+from training.sample import from_a_new_line
+
+SAMPLE_LENGTH = 200
 
 
 class Trainer:
@@ -163,7 +166,7 @@ class Trainer:
         point = self.history.remember(figures.loss, result.loss, self.tokens, self.flops, tokens_per_character=length)
         chosen = chosen_by_class(rounded, self.validation_ids, self.tokenizer.token_bytes)
         noted = {} if chosen is None else {"chosen_by_class": chosen}
-        sample = record.sample(rounded, self.tokenizer)
+        sample = from_a_new_line(rounded, self.tokenizer, SAMPLE_LENGTH, seed=1)
         watchers.evaluation({**point, **noted}, figures, result, sample)
         return self._save(rounded, result, sample)
 

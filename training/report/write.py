@@ -24,7 +24,7 @@ from training.record import require_text_of
 from training.report import experts, pictures
 from training.report.card import card
 from training.report.overlap import longest_overlap
-from training.sample import stream
+from training.sample import from_a_new_line
 
 FILE, CARD = "report.json", "README.md"
 PICTURES = ("loss.png", "load.png", "classes.png", "causal-map.png", "specialisation.gif")
@@ -183,19 +183,14 @@ def _specialisation(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _of_text(loaded: Checkpoint, corpus: Corpus) -> dict[str, Any]:
-    samples = [_sample(loaded, seed) for seed in range(1, SAMPLES + 1)]
+    seeds = range(1, SAMPLES + 1)
+    samples = [from_a_new_line(loaded.model, loaded.tokenizer, SAMPLE_LENGTH, seed) for seed in seeds]
     length = sum(map(len, samples))
     passage = max((longest_overlap(text, corpus.train) for text in samples), key=len)
     starts = range(0, min(length, len(corpus.validation)), SAMPLE_LENGTH)
     held_out = (longest_overlap(corpus.validation[at : at + SAMPLE_LENGTH], corpus.train) for at in starts)
     overlap = {"characters": length, "length": len(passage), "passage": passage}
     return {"samples": samples, "overlap": {**overlap, "length_in_validation_text": max(map(len, held_out))}}
-
-
-def _sample(loaded: Checkpoint, seed: int) -> str:
-    start = loaded.tokenizer.encode(loaded.tokenizer.fold("\n") or loaded.tokenizer.tokens[0])
-    ids = stream(loaded.model, start, SAMPLE_LENGTH, temperature=0.8, top_k=0, top_p=1.0, seed=seed)
-    return loaded.tokenizer.decode(list(ids))
 
 
 def _pictures(facts: dict[str, Any], report: dict[str, Any]) -> dict[str, bytes]:
