@@ -37,9 +37,9 @@ class History:
 
     @classmethod
     def from_record(cls, facts: dict[str, Any]) -> History:
-        best = facts.get("best") or lowest(facts["loss_curve"])
+        """All but best: of the steps on record, not all are still there."""
         extended = facts.get("extended", [])
-        return cls(facts["steps"], facts["seconds"], facts["loss_curve"], facts["milestones"], best, extended)
+        return cls(facts["steps"], facts["seconds"], facts["loss_curve"], facts["milestones"], extended=extended)
 
     def as_record(self) -> dict[str, Any]:
         record = asdict(self)
@@ -63,9 +63,7 @@ class History:
         return point
 
 
-def lowest(curve: list[dict[str, float]]) -> dict[str, float] | None:
-    """The first point of the lowest validation loss."""
-    if not curve:
-        return None
+def lowest(curve: list[dict[str, float]]) -> dict[str, float]:
+    """Step and loss of the first point of the lowest validation loss."""
     best = min(curve, key=lambda point: point["validation_loss"])
     return {"step": best["step"], "validation_loss": best["validation_loss"]}

@@ -85,8 +85,8 @@ def code_fence(text: str, shortest: int = 1) -> str:
 
 def introduction(name: str, config: ModelConfig, facts: dict[str, Any]) -> str:
     """What the model is, and its shape."""
-    kind = facts["config"].get("tokenizer", "character")  # an older run knew no other
-    written = {"byte": "one byte", "bpe": "a few letters"}.get(kind, "one character")
+    units = {"character": "one character", "byte": "one byte", "bpe": "a few letters"}
+    written = units[facts["config"]["tokenizer"]]
     kind_of_model, experts = "dense", f"a feed-forward network of width {config.expert_size} in every layer"
     if config.num_experts > 1:
         kind_of_model = "sparse mixture-of-experts"
@@ -109,16 +109,15 @@ corpus; it is no assistant, knows no facts and follows no instructions.
 def training_section(config: ModelConfig, facts: dict[str, Any]) -> str:
     """What the run cost and reached."""
     minutes = facts["seconds"] / 60
+    bits, bigram = facts["bits_per_character"], facts["bigram_loss"]
     lines = [
         f"- corpus `{facts['corpus']['name']}`; "
         f"{facts['steps']:,} steps, {facts['tokens']:,} tokens, {minutes:.0f} minutes",
         f"- validation loss **{facts['validation_loss']:.4f}** nats per token over {facts['validation_windows']} "
         f"exact windows of\n  {config.context_length} inputs, with the weights as they are in this folder "
         "(rounded to bfloat16)",
+        f"- {bits:.4f} bits per character; counts of token pairs reach {bigram:.4f} nats per token",
     ]
-    if "bigram_loss" in facts:  # an older record has it not
-        bits, bigram = facts["bits_per_character"], facts["bigram_loss"]
-        lines.append(f"- {bits:.4f} bits per character; counts of token pairs reach {bigram:.4f} nats per token")
     lines += [
         f"- below {milestone} nats per character by step {at['step']:,}, "
         f"after {at['tokens']:,} tokens and {at['seconds'] / 60:.1f} minutes"

@@ -162,8 +162,10 @@ class Trainer:
         _require_finite(self.ranks.from_first(result.loss if result else 0.0, self.model.device), self.history.step)
         if rounded is None or result is None:
             return runs.step_folder(self.run, self.history.step)
-        length = len(self.validation_ids) / len(self.corpus.validation)
-        point = self.history.remember(figures.loss, result.loss, self.tokens, self.flops, tokens_per_character=length)
+        per_character = len(self.validation_ids) / len(self.corpus.validation)
+        point = self.history.remember(
+            figures.loss, result.loss, self.tokens, self.flops, tokens_per_character=per_character
+        )
         chosen = chosen_by_class(rounded, self.validation_ids, self.tokenizer.token_bytes)
         noted = {} if chosen is None else {"chosen_by_class": chosen}
         sample = from_a_new_line(rounded, self.tokenizer, SAMPLE_LENGTH, seed=1)
@@ -171,18 +173,19 @@ class Trainer:
         return self._save(rounded, result, sample)
 
     def _save(self, rounded: Transformer, result: Evaluation, sample: str) -> Path:
-        serving = record.serving_files(rounded, self.tokenizer, self._facts(result))
+        facts = self._facts(result)
+        serving = record.serving_files(rounded, self.tokenizer, facts)
         weights = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        card = record.card(self.run.name, rounded.config, self._facts(result), sample)
+        card = record.card(self.run.name, rounded.config, facts, sample)
         state = {**weights, **self.optimizer.state()}
         assert self.history.best
         return runs.save_step(self.run, self.history.step, serving, card, state, int(self.history.best["step"]))
 
     @property
     def best_folder(self) -> Path:
-        """Where the step of the lowest validation loss is, or will be once it is saved."""
-        best = self.history.best
-        return runs.step_folder(self.run, int(best["step"]) if best else self.history.step)
+        """Where the step of the lowest validation loss is."""
+        assert self.history.best
+        return runs.step_folder(self.run, int(self.history.best["step"]))
 
     def _facts(self, result: Evaluation) -> dict[str, Any]:
         """The training record, but for what depends on the weights alone."""

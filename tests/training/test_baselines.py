@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from model.tokenizer import Tokenizer
-from tests.checkpoints import tiny_model
 from tests.training.processes import VERSE, assert_refused_here, said, train_here, training
 from training import config as configs
-from training import corpora, record
+from training import corpora
 from training.baselines import bigram_loss, bits_per_character
 from training.history import History
 from training.trainer import Trainer
@@ -88,10 +87,3 @@ def test_a_text_whose_training_part_cannot_be_spelled_is_scored_without_a_bigram
     code, output = said(*asked, cwd=text.parent)
     assert code == 0
     assert "bigram counts    none: of the training text, the vocabulary has no U+00E9 at 0" in output
-
-
-def test_a_record_without_a_bigram_still_has_a_card() -> None:
-    facts = {"corpus": {"name": "old"}, "steps": 1, "tokens": 1, "seconds": 1.0, "milestones": {}, "max_load": 1.0}
-    section = record.training_section(tiny_model().config, {**facts, "validation_loss": 2.0, "validation_windows": 1})
-    assert "bits per character" not in section
-    assert "2.0000" in section

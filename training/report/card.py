@@ -46,7 +46,7 @@ def _results(report: dict[str, Any]) -> str:
         (f"best of training, step {report['best']['step']:,}", report["best"]),
         ("bigram counts", report["bigram"]),
     ]
-    lines = [f"| {what} | {_loss(row)} |" for what, row in rows if row]
+    lines = [f"| {what} | {_loss(row)} |" for what, row in rows]
     return "\n".join(
         ["## Results", "", "| on the validation text | nats per token | bits per character |", "|---|---|---|", *lines]
     )

@@ -37,7 +37,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> Iterator[tu
         pyplot.close(figure)
 
 
-def loss_curve(curve: list[dict[str, float]], bigram_loss: float | None) -> bytes:
+def loss_curve(curve: list[dict[str, float]], bigram_loss: float) -> bytes:
     """Training and validation loss over steps, nats per token."""
     with _figure(1, 1, 7, 3.8) as (figure, (axes,)):
         steps = [point["step"] for point in curve]
@@ -46,8 +46,7 @@ def loss_curve(curve: list[dict[str, float]], bigram_loss: float | None) -> byte
         axes.annotate(
             f"{curve[-1]['validation_loss']:.3f}", (steps[-1], curve[-1]["validation_loss"]), (4, 0), **_BESIDE
         )
-        if bigram_loss is not None:
-            axes.axhline(bigram_loss, color="#d55e00", ls=":", label=f"bigram counts {bigram_loss:.2f}")
+        axes.axhline(bigram_loss, color="#d55e00", ls=":", label=f"bigram counts {bigram_loss:.2f}")
         axes.set(xlabel="step", ylabel="loss, nats per token")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

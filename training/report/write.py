@@ -20,6 +20,7 @@ from training import runs
 from training.baselines import bits_per_character
 from training.config import BadConfig
 from training.corpora import Corpus
+from training.history import lowest
 from training.record import require_text_of
 from training.report import experts, pictures
 from training.report.card import card
@@ -91,13 +92,12 @@ def _results(facts: dict[str, Any], shape: ModelConfig, num_tokens: int, num_cha
     def in_bits(loss: float) -> dict[str, float]:
         return {"loss": loss, "bits_per_character": round(bits_per_character(loss, num_tokens, num_characters), 5)}
 
-    best = min(facts["loss_curve"], key=lambda point: point["validation_loss"], default=None)
-    bigram = facts.get("bigram_loss")
+    best = lowest(facts["loss_curve"])
     return {
         "result": {"validation_loss": facts["validation_loss"], **_cost(facts), **_sizes(shape)},
         "final": in_bits(facts["validation_loss"]),
-        "best": {"step": best["step"], **in_bits(best["validation_loss"])} if best else None,
-        "bigram": None if bigram is None else in_bits(bigram),
+        "best": {"step": best["step"], **in_bits(best["validation_loss"])},
+        "bigram": in_bits(facts["bigram_loss"]),
     }
 
 
@@ -124,7 +124,7 @@ def _trained_on(loaded: Checkpoint) -> dict[str, Any]:
         "tokenizer": loaded.tokenizer.token_bytes,
         "steps": facts["steps"],
         "tokens": facts["tokens"],
-        **{what: facts["config"].get(what) for what in ("batch_size", "seed")},
+        **{what: facts["config"][what] for what in ("batch_size", "seed")},
     }
 
 
@@ -195,7 +195,7 @@ def _of_text(loaded: Checkpoint, corpus: Corpus) -> dict[str, Any]:
 
 def _pictures(facts: dict[str, Any], report: dict[str, Any]) -> dict[str, bytes]:
     drawn = {
-        "loss.png": pictures.loss_curve(facts["loss_curve"], facts.get("bigram_loss")),
+        "loss.png": pictures.loss_curve(facts["loss_curve"], facts["bigram_loss"]),
         "load.png": pictures.load([row["shares"] for row in report["load"]]),
     }
     if report["classes"]:
