@@ -158,9 +158,9 @@ class ModelConfig:
         is_ours = raw.get("model_type") == "moescope"
         names = {**_TRANSLATED, **({name: name for name in _ORDINARY} if is_ours else {})}
         missing = [key for key in names if key not in raw]
-        _require(not missing, f"{missing[:1]} is missing")
+        _require(not missing, f"it lacks {', '.join(missing)}")
         foreign = sorted((_FOREIGN | _ORDINARY.keys()) & raw.keys() - names.keys())
-        _require(not foreign, f"{foreign[:1]} is not implemented")
+        _require(not foreign, f"it has {', '.join(foreign)}, which this program does not compute")
         config = cls(**{ours: raw[theirs] for theirs, ours in names.items()})
         fixed = {**_FIXED, **(config._moescope() if is_ours else {})}
         for key in _FIXED:

@@ -145,6 +145,15 @@ def test_a_configuration_that_we_do_not_compute_is_refused(key: str, value: obje
         ModelConfig.from_hf(raw)
 
 
+def test_what_a_configuration_lacks_or_has_too_much_is_told_in_words() -> None:
+    raw = tiny_model().config.to_hf()
+    few = {key: value for key, value in raw.items() if key not in ("vocab_size", "head_dim")}
+    with pytest.raises(UnsupportedConfig, match=r"^it lacks vocab_size, head_dim$"):
+        ModelConfig.from_hf(few)
+    with pytest.raises(UnsupportedConfig, match=r"^it has layer_types, num_groups, which"):
+        ModelConfig.from_hf({**raw, "layer_types": [], "num_groups": 2})
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
