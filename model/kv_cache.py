@@ -81,9 +81,8 @@ class CachePrefill:
         device = cache.keys.device
         chunk = torch.arange(start, start + num_rows, device=device)
         ring = torch.arange(cache.length, device=device)
-        held = (
-            start - 1 - (start - 1 - ring) % cache.length
-        )  # the position that each ring index holds; negative if none
+        # The position that each ring index holds; negative if none.
+        held = start - 1 - (start - 1 - ring) % cache.length
         self._mask = window_mask(chunk, torch.cat((held, chunk)), cache.length)
         first = max(0, num_tokens - cache.length)  # of a chunk longer than the ring only the end stays
         self._written = slice(first, num_tokens)

@@ -146,9 +146,8 @@ def has_room_for(expert_ids: Tensor, num_experts: int, length: int, factor: floa
     sequence as in GShard's groups, so that it does not matter who shares the batch). (N, K) -> (N, K) of bool.
     """
     most = length * expert_ids.shape[-1]
-    capacity = min(
-        math.ceil(Fraction(str(factor)) * most / num_experts), most
-    )  # a float may round above a whole number
+    # Not in floats: a product may round above a whole number.
+    capacity = min(math.ceil(Fraction(str(factor)) * most / num_experts), most)
     sequence = torch.arange(expert_ids.shape[0], device=expert_ids.device) // length
     queue = (sequence.unsqueeze(-1) * num_experts + expert_ids).flatten()  # one for each sequence and expert
     order = queue.argsort(stable=True)

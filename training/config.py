@@ -25,7 +25,7 @@ HELP = {
     "corpus": "the text to train on",
     "items": "every line of --data is an item of its own, such as a name",
     "tokenizer": "what a token is",
-    "bpe_vocab_size": "tokens of a tokenizer of the kind bpe",
+    "bpe_vocab_size": "tokens of a tokenizer of the kind bpe: the 256 bytes and their pairs",
     "steps": "updates of the weights",
     "batch_size": "sequences of context_length tokens in a step, over all ranks",
     "seed": "fixes the first weights, the batches and all chance",
@@ -75,16 +75,12 @@ class BadConfig(Refused):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One run. Lengths are in tokens, rates are peaks; ``shape`` holds ModelConfig's fields but for the vocabulary.
-
-    A capacity_factor of 0 sets no limit to what an expert takes; jitter is the width of the router noise of that name.
-    With items, every line of the training file is an item of its own, such as a name.
-    """
+    """One run; HELP says what each value does. ``shape`` holds ModelConfig's fields but for the vocabulary."""
 
     corpus: str = "shakespeare"
     items: bool = False
     tokenizer: str = "character"
-    bpe_vocab_size: int = 512  # what a tokenizer of the kind bpe learns: the 256 bytes and their pairs
+    bpe_vocab_size: int = 512
     steps: int = 1000
     batch_size: int = 24
     seed: int = 1
@@ -92,7 +88,7 @@ class TrainingConfig:
     embedding_learning_rate: float = 0.008
     head_learning_rate: float = 0.004
     weight_decay: float = 0.1
-    clip_norm: float = 0.0  # the largest norm of all gradients together; 0 leaves them as they are
+    clip_norm: float = 0.0
     warmup_steps: int = 30
     warmdown_share: float = 0.6
     balance_weight: float = 0.01

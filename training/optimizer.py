@@ -155,7 +155,7 @@ def is_matrix(name: str) -> bool:
 
 
 def is_chooser(name: str) -> bool:
-    """What turns a state into choices: the head into characters, a router into experts."""
+    """What turns a state into choices: the head into tokens, a router into experts."""
     return name == "head.weight" or name.endswith(("router.weight", "router.group_weight", "router.noise"))
 
 
