@@ -11,7 +11,6 @@ Letters: N tokens, T context_length, C channels, V vocabulary, L layers, E exper
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -33,7 +32,7 @@ from model.experts import Experts
 from model.router import Routing
 from model.transformer import Transformer
 from training import config as configs
-from training.__main__ import MALLOC
+from training.__main__ import with_patient_malloc
 from training.config import TrainingConfig
 from training.optimizer import POLAR_EXPRESS, Optimizer, is_matrix
 from training.trainer import fast_products
@@ -271,10 +270,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    if not MALLOC.keys() <= os.environ.keys():  # measure with what `python -m training` gives itself
-        os.execve(
-            sys.executable, [sys.executable, "-m", "benchmarks.training", *sys.argv[1:]], {**os.environ, **MALLOC}
-        )
+    with_patient_malloc("benchmarks.training")  # as `python -m training` has it
     return 0 if take("training", arguments, measure, table) else 1
 
 

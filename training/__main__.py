@@ -117,7 +117,7 @@ def _train(arguments: argparse.Namespace) -> None:
         raise configs.BadConfig(f"--run is {name!r}; it is the plain name of a folder below {RUNS}/")
     if config.items and not arguments.data:
         raise configs.BadConfig("items are the lines of a file; add --data FILE, or leave --items out")
-    _with_patient_malloc()
+    with_patient_malloc("training")
     from training import memory, runs
     from training.parallel import Ranks
     from training.trainer import Trainer, require_resumable
@@ -359,9 +359,10 @@ def _rank_device(name: str, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
-def _with_patient_malloc() -> None:
+def with_patient_malloc(module: str) -> None:
+    """Start the module, which this process runs, once more with MALLOC, unless it has been."""
     if not MALLOC.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, "-m", "training", *sys.argv[1:]], {**os.environ, **MALLOC})
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**os.environ, **MALLOC})
 
 
 def _speaks_of(error: Exception) -> bool:
