@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import llama_server
 from benchmarks.client import Dialect, openai
-from benchmarks.interop import PEERS, QUIET, interpreter_of, versions_of
+from benchmarks.environments import PEERS, QUIET, interpreter_of, versions_of
 from benchmarks.over_http import NoServer, server_process, started
 from model.checkpoint import Checkpoint
 from training import gguf_export

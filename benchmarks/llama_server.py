@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from benchmarks.interop import XLLAMACPP, PeerFailed, environment, install, run_quietly
+from benchmarks.environments import XLLAMACPP, PeerFailed, environment, install, run_quietly
 from benchmarks.over_http import started
 from service.engine.native.library import compiler
 from service.engine.processor import cpu_flags, cpu_model

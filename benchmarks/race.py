@@ -18,9 +18,8 @@ from operator import truediv
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import environments, report
 from benchmarks.contestants import CONTESTANTS, NO_PEERS, OURS, Setting, is_peer, label
-from benchmarks.interop import HERE
 from benchmarks.over_http import HttpTrial, measure, peak_mib
 from benchmarks.record import TROUBLES, Result, Trouble, command_line, in_one_line, take
 from benchmarks.workload import REQUESTS, Workload
@@ -143,7 +142,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--requests", type=int, default=64, metavar="N", help=REQUESTS)
     parser.add_argument("--new-tokens", type=int, default=150, metavar="N")
-    parser.add_argument("--environments", type=Path, default=HERE / ".peers", metavar="FOLDER")
+    parser.add_argument("--environments", type=Path, default=environments.FOLDER, metavar="FOLDER")
     return parser.parse_args(arguments)
 
 

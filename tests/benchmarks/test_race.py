@@ -13,7 +13,7 @@ import pytest
 from benchmarks import contestants, llama_server, race, report
 from benchmarks.client import MOESCOPE, closed_loop, openai
 from benchmarks.contestants import UNFILTERED, Running, Setting
-from benchmarks.interop import PeerFailed
+from benchmarks.environments import PeerFailed
 from benchmarks.over_http import HttpTrial, NoServer, cpu_seconds, measure, peak_mib
 from benchmarks.race import Standing
 from benchmarks.record import Trouble
