@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import ExitStack
-from dataclasses import asdict
-from typing import Any
 
 from benchmarks import report
-from benchmarks.engine import EngineProcess, engine_process
-from benchmarks.over_http import Target, server_process
+from benchmarks.engine import EngineTrial, engine_process
+from benchmarks.over_http import HttpTrial, server_process
 from benchmarks.record import Result, command_line, take
 from benchmarks.workload import REQUESTS, Workload
 from service.engine.loading import EngineOptions
@@ -21,7 +18,6 @@ from service.engine.loading import EngineOptions
 
 def parse() -> argparse.Namespace:
     parser = command_line("benchmarks", "How fast the engine is, alone and over HTTP.")
-    parser.add_argument("--server", metavar="URL", help="measure a server that is running already, over HTTP")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N", help="at the same time")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of engine and HTTP in turn")
     parser.add_argument("--requests", type=int, default=200, metavar="N", help=REQUESTS)
@@ -33,34 +29,18 @@ def parse() -> argparse.Namespace:
 def measure(arguments: argparse.Namespace) -> Result:
     """What was measured, and the figures of each number of streams."""
     workload = Workload(arguments.requests, arguments.new_tokens, arguments.prompt_characters)
-    trials: dict[int, tuple[list[Any], list[Any]]] = {streams: ([], []) for streams in arguments.streams}
-    with ExitStack() as stack:
-        engine, target = _engine(arguments, stack), _target(arguments, stack)
+    checkpoint, slots, threads = arguments.checkpoint, max(arguments.streams), arguments.threads
+    options = EngineOptions(checkpoint, "auto", threads, slots, kv_memory_mib=1024, prefill_chunk=128)
+    trials: dict[int, tuple[list[EngineTrial], list[HttpTrial]]] = {each: ([], []) for each in arguments.streams}
+    with engine_process(options) as engine, server_process(checkpoint, slots, threads) as server:
         for streams in arguments.streams * arguments.rounds:
-            for subject, kept in zip((engine, target), trials[streams], strict=True):
-                if subject:
-                    kept.append(subject.trial(workload, streams))
-    facts = asdict(engine.info) if engine else target.info
-    elsewhere = {"checkpoint": arguments.server, "manifest": facts.get("checkpoint"), "cores_of_others": None}
+            alone, over_http = trials[streams]
+            alone.append(engine.trial(workload, streams))
+            over_http.append(server.trial(workload, streams))
     return {
-        **(elsewhere if arguments.server else {}),
-        **{name: facts[name] for name in ("runner", "device", "threads")},
-        "torch": facts["torch_version"] if engine else facts["versions"]["torch"],
+        **{name: getattr(engine.info, name) for name in ("runner", "device", "threads")},
         "figures": [report.figures(streams, *pair) for streams, pair in trials.items()],
     }
-
-
-def _engine(arguments: argparse.Namespace, stack: ExitStack) -> EngineProcess | None:
-    if arguments.server:
-        return None
-    options = EngineOptions(arguments.checkpoint, "auto", arguments.threads, max(arguments.streams), 1024, 128)
-    return stack.enter_context(engine_process(options))
-
-
-def _target(arguments: argparse.Namespace, stack: ExitStack) -> Target:
-    if arguments.server:
-        return Target(arguments.server)
-    return stack.enter_context(server_process(arguments.checkpoint, max(arguments.streams), arguments.threads))
 
 
 def table(result: Result) -> str:

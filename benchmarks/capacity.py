@@ -150,7 +150,7 @@ def measured_rates(file: Path | None, results: Path = RESULTS) -> tuple[Path, Re
             record: Result = json.loads(path.read_text())
             if len([each["engine"]["tokens_per_second"] for each in record["figures"]]) > 1:
                 return path, record
-        except (ValueError, KeyError, TypeError):  # another record, or one of a server that was elsewhere
+        except (ValueError, KeyError, TypeError):  # the record of something else
             continue
     raise Trouble(
         f"{file or results} has no rates of the engine at several numbers of streams: run python -m benchmarks"

@@ -67,7 +67,6 @@ class Setting:
 @contextmanager
 def moescope(runner: str, setting: Setting) -> Iterator[Running]:
     with server_process(setting.loaded.manifest.folder, setting.slots, setting.threads, runner) as target:
-        assert target.pid
         about = {each: target.info[each] for each in ("runner", "threads", "versions")}
         yield Running(target.url, target.pid, openai(target.info["model"]["name"], seed=1, **UNFILTERED), about)
 

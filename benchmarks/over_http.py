@@ -28,15 +28,12 @@ class NoServer(Trouble):
 
 @dataclass(frozen=True)
 class HttpTrial:
-    """One closed loop as its clients saw it. What is of the server or beside it is None if the server is elsewhere.
-
-    others_cpu_seconds are what all the machine's other processes took meanwhile.
-    """
+    """One closed loop as its clients saw it, and the CPU of clients, server and all the machine's other processes."""
 
     answers: list[client.Answer]
     client_cpu_seconds: float
-    server_cpu_seconds: float | None
-    others_cpu_seconds: float | None = None
+    server_cpu_seconds: float
+    others_cpu_seconds: float
 
     @property
     def tokens(self) -> int:
@@ -53,11 +50,10 @@ class HttpTrial:
 
 
 class Target:
-    """A running server. Raises OSError when there is none."""
+    """A server of ours that is running."""
 
-    def __init__(self, url: str, pid: int | None = None) -> None:
-        self.url = url.rstrip("/")
-        self.pid = pid
+    def __init__(self, url: str, pid: int) -> None:
+        self.url, self.pid = url.rstrip("/"), pid
         with urllib.request.urlopen(f"{self.url}/info", timeout=client.PATIENCE_S) as response:
             self.info: dict[str, Any] = json.load(response)
 
@@ -67,7 +63,7 @@ class Target:
 
 
 def measure(
-    url: str, workload: Workload, streams: int, vocabulary: Sequence[str], dialect: client.Dialect, pid: int | None
+    url: str, workload: Workload, streams: int, vocabulary: Sequence[str], dialect: client.Dialect, pid: int
 ) -> HttpTrial:
     """One closed loop on a server that has been warmed up. Raises BrokenAnswer, OSError."""
     client.closed_loop(url, workload.warm_up().queues(vocabulary, streams), dialect)
@@ -75,16 +71,16 @@ def measure(
     before = _cpu_clocks(pid)
     answers = client.closed_loop(url, queues, dialect)
     own, server, everybody = (now - then for now, then in zip(_cpu_clocks(pid), before, strict=True))
-    return HttpTrial(answers, own, server, everybody - own - server) if pid else HttpTrial(answers, own, None)
+    return HttpTrial(answers, own, server, everybody - own - server)
 
 
-def _cpu_clocks(pid: int | None) -> tuple[float, float, float]:
+def _cpu_clocks(pid: int) -> tuple[float, float, float]:
     """Seconds of this process, of the server and of all processes on the machine."""
     _, everybody, _ = clocks()
     return time.process_time(), cpu_seconds(pid), everybody
 
 
-def cpu_seconds(pid: int | None) -> float:
+def cpu_seconds(pid: int) -> float:
     """Of all threads of the process and its children since it began."""
     ticks = 0
     for each in family(pid):
@@ -99,10 +95,8 @@ def peak_mib(pid: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
-def family(pid: int | None) -> list[int]:
-    """The process and all that descend from it; nobody for None."""
-    if pid is None:
-        return []
+def family(pid: int) -> list[int]:
+    """The process and all that descend from it."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [pid, *(each for task in tasks for child in task.read_text().split() for each in family(int(child)))]
 

@@ -92,7 +92,7 @@ def take(
 def _measured(arguments: argparse.Namespace, measure: Callable[[argparse.Namespace], Result]) -> Result:
     asked = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
     weights = {}
-    if hasattr(arguments, "checkpoint") and not asked.get("server"):
+    if hasattr(arguments, "checkpoint"):
         manifest = checkpoint.verify(arguments.checkpoint)
         weights = {"checkpoint": str(arguments.checkpoint), "manifest": manifest.fingerprint}
     start = clocks()

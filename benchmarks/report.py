@@ -30,21 +30,19 @@ COLUMNS = (
 
 def figures(streams: int, engine: Sequence[EngineTrial], http: Sequence[HttpTrial]) -> Figures:
     """Medians over the rounds. The share is of each round's pair, since a machine that slows down slows both."""
-    shares = [over.tokens_per_second / alone.tokens_per_second for over, alone in zip(http, engine, strict=False)]
+    shares = [over.tokens_per_second / alone.tokens_per_second for over, alone in zip(http, engine, strict=True)]
     return {
         "streams": streams,
-        "engine": _engine(engine) if engine else None,
+        "engine": _engine(engine),
         "http": over_http(http),
-        "share": _median(shares, 4),
+        "share": round(statistics.median(shares), 4),
         "shares": [round(share, 4) for share in shares],
     }
 
 
 def table(rows: Sequence[Figures]) -> str:
-    """Without the columns of which nothing is known."""
-    known = [column for column in COLUMNS if any(_find(row, column[2]) is not None for row in rows)]
-    lines = [[column[0] for column in known], [column[1] for column in known]]
-    lines += [[_write(form, _find(row, path)) for _, _, path, form in known] for row in rows]
+    lines = [[column[0] for column in COLUMNS], [column[1] for column in COLUMNS]]
+    lines += [[_write(form, _find(row, path)) for _, _, path, form in COLUMNS] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.rjust, cells, widths)).rstrip() for cells in lines)
 
@@ -53,7 +51,7 @@ def _engine(trials: Sequence[EngineTrial]) -> Figures:
     decode_rates = [trial.decode_rate for trial in trials if trial.decode_rate]
     return {
         **_rates(trials, [trial.cpu_seconds for trial in trials]),
-        "decode_tokens_per_second": _median(decode_rates),
+        "decode_tokens_per_second": round(statistics.median(decode_rates), 1) if decode_rates else None,
     }
 
 
@@ -69,22 +67,18 @@ def over_http(trials: Sequence[HttpTrial]) -> Figures:
 
 
 def cores_of_others(trials: Sequence[HttpTrial]) -> float | None:
-    """How many cores were busy with neither servers nor clients, on average over all trials; None if nobody knows."""
-    known = [trial.others_cpu_seconds for trial in trials if trial.others_cpu_seconds is not None]
-    return round(max(0.0, sum(known)) / sum(trial.seconds for trial in trials), 2) if known else None
+    """How many cores were busy with neither servers nor clients, on average over all trials; None without any."""
+    others = sum(trial.others_cpu_seconds for trial in trials)
+    return round(max(0.0, others) / sum(trial.seconds for trial in trials), 2) if trials else None
 
 
-def _rates(trials: Sequence[EngineTrial | HttpTrial], cpu_seconds: Sequence[float | None]) -> Figures:
+def _rates(trials: Sequence[EngineTrial | HttpTrial], cpu_seconds: Sequence[float]) -> Figures:
     rates = [trial.tokens_per_second for trial in trials]
     return {
-        "tokens_per_second": _median(rates),
+        "tokens_per_second": round(statistics.median(rates), 1),
         "rounds": [round(rate, 1) for rate in rates],
         "cpu_us_per_token": _per_token(trials, cpu_seconds),
     }
-
-
-def _median(values: Sequence[float], digits: int = 1) -> float | None:
-    return round(statistics.median(values), digits) if values else None
 
 
 def _percentiles(seconds: Sequence[float], *wanted: int) -> Figures:
@@ -93,16 +87,15 @@ def _percentiles(seconds: Sequence[float], *wanted: int) -> Figures:
     return {f"p{percent}": round(ranked[-(-len(ranked) * percent // 100) - 1] * 1000, 3) for percent in wanted}
 
 
-def _per_token(trials: Sequence[EngineTrial | HttpTrial], seconds: Sequence[float | None]) -> float | None:
+def _per_token(trials: Sequence[EngineTrial | HttpTrial], seconds: Sequence[float]) -> float:
     """In microseconds."""
-    known = [each for each in seconds if each is not None]
-    return round(sum(known) / sum(trial.tokens for trial in trials) * 1e6, 1) if known else None
+    return round(sum(seconds) / sum(trial.tokens for trial in trials) * 1e6, 1)
 
 
 def _find(row: Figures, path: str) -> Any:
     value: Any = row
     for name in path.split("."):
-        value = None if value is None else value[name]
+        value = value[name]
     return value
 
 

@@ -138,7 +138,7 @@ def test_many_streams_have_fewer_requests_each_and_more_together() -> None:
 def test_percentiles_are_of_all_gaps_and_the_share_is_of_each_round() -> None:
     rounds = [[0.001] * 99, [0.101]]
     http = [
-        HttpTrial([client.Answer(0.0, [sum(gaps[:n]) for n in range(len(gaps) + 1)], 1.0)], 0.5, None)
+        HttpTrial([client.Answer(0.0, [sum(gaps[:n]) for n in range(len(gaps) + 1)], 1.0)], 0.5, 2.0, 0.0)
         for gaps in rounds
     ]
     engine = [EngineTrial(100, 200.0, 250.0, 1.0), EngineTrial(2, 2.0, None, 1.0)]
@@ -147,30 +147,25 @@ def test_percentiles_are_of_all_gaps_and_the_share_is_of_each_round() -> None:
     assert figures["shares"] == [0.5, 1.0]
     assert figures["share"] == 0.75
     assert figures["engine"]["decode_tokens_per_second"] == 250
-    assert figures["http"]["cpu_us_per_token"] is None
+    assert figures["http"]["cpu_us_per_token"] == pytest.approx(4.0 / 102 * 1e6, abs=0.1)
     assert "75.0%" in report.table([figures])
 
 
-def test_it_measures_a_running_server_and_keeps_the_line_it_prints(server: Server, tmp_path: Path) -> None:
-    flags = ("--streams", 1, 2, "--rounds", 1, "--requests", 1, "--new-tokens", 10, "--results", tmp_path)
-    run = bench("--server", server.url, *flags)
-    assert run.returncode == 0, run.stderr
-    line = run.stdout.splitlines()[-1]
-    (kept,) = tmp_path.glob("http-*.json")
-    assert kept.read_text() == line + "\n"
-    assert [row["streams"] for row in json.loads(line)["figures"]] == [1, 2]
-
-
-def test_engine_and_http_take_turns(tmp_path: Path) -> None:
+def test_engine_and_http_take_turns_and_the_line_it_prints_is_kept(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "tiny")
-    flags = ("--streams", 2, "--rounds", 1, "--requests", 1, "--new-tokens", 10, "--threads", 1)
+    flags = ("--streams", 1, 2, "--rounds", 1, "--requests", 1, "--new-tokens", 10, "--threads", 1)
     run = bench("--checkpoint", checkpoint, *flags, "--results", tmp_path / "results")
     assert run.returncode == 0, run.stderr
-    (row,) = json.loads(run.stdout.splitlines()[-1])["figures"]
-    assert row["engine"]["tokens_per_second"] > 0
-    assert row["share"] == pytest.approx(
-        row["http"]["tokens_per_second"] / row["engine"]["tokens_per_second"], rel=0.01
-    )
+    line = run.stdout.splitlines()[-1]
+    (kept,) = (tmp_path / "results").glob("http-*.json")
+    assert kept.read_text() == line + "\n"
+    rows = json.loads(line)["figures"]
+    assert [row["streams"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["engine"]["tokens_per_second"] > 0
+        assert row["share"] == pytest.approx(
+            row["http"]["tokens_per_second"] / row["engine"]["tokens_per_second"], rel=0.01
+        )
 
 
 @pytest.mark.parametrize("module", ["", ".race", ".counting", ".native", ".drift", ".interop"])
@@ -190,9 +185,3 @@ def test_help_names_the_flags() -> None:
     run = bench("--help")
     assert run.returncode == 0
     assert "--streams" in run.stdout
-
-
-def test_a_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    run = bench("--server", "http://127.0.0.1:9", "--results", tmp_path)
-    assert run.returncode == 1
-    assert len(run.stderr.splitlines()) == 1

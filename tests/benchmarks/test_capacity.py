@@ -62,8 +62,6 @@ def test_the_table_has_a_row_for_every_case(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_rates_are_the_newest_of_an_engine_that_make_bench_has_kept(tmp_path: Path) -> None:
-    """A server that was elsewhere has none."""
-
     def keep(name: str, **engine: object) -> None:
         (tmp_path / name).write_text(json.dumps({"figures": [{"streams": n, **engine} for n in (1, 8)]}))
 
