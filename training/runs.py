@@ -39,16 +39,14 @@ def step_folder(run: Path, step: int) -> Path:
     return run / f"step-{step}"
 
 
-def save_step(
-    run: Path, step: int, serving: dict[str, bytes], card: str, state: dict[str, Tensor], best: int | None = None
-) -> Path:
+def save_step(run: Path, step: int, serving: dict[str, bytes], card: str, state: dict[str, Tensor], best: int) -> Path:
     """Save a step as a new folder and drop all but the newest two and the step that is best so far."""
     folder = step_folder(run, step)
     if folder.exists():  # an interrupted run that was resumed from further back comes by here again
         shutil.rmtree(folder)
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     checkpoint.save(folder, {**serving, RESUME: to_bytes(tensors)}, unlisted={"README.md": card.encode()})
-    kept = {folder, *_whole(run)[:KEPT]} | ({step_folder(run, best)} if best is not None else set())
+    kept = {folder, step_folder(run, best), *_whole(run)[:KEPT]}
     half_written = set(run.glob(".step-*"))  # left by a kill; nobody else writes to this run
     for old in {*steps(run), *half_written} - kept:
         shutil.rmtree(old)

@@ -191,7 +191,7 @@ for line in sys.stdin:
         for step in itertools.count(int(line)):
             if step == int(line) + 1:
                 print(os.getpid(), flush=True)
-            runs.save_step(Path(sys.argv[1]), step, files, "card", state)
+            runs.save_step(Path(sys.argv[1]), step, files, "card", state, step)
     os.waitpid(child, 0)
     print("killed", flush=True)
 """
