@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import secrets
 import sys
@@ -37,14 +38,31 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     if usable_cpus() < visible_cpus():  # torch knows nothing of quotas
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a sample has any character, a terminal perhaps not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return int(arguments.command(arguments) or 0)
+        arguments.command(arguments)
+        print(end="", flush=True)
+        return 0
     except KeyboardInterrupt:
         return 130
     except (OSError, Refused, CheckpointError, UnknownCharacters) as error:
         if _speaks_of(error):
-            print(f"{error}", file=sys.stderr)
+            print(_told(error), file=sys.stderr)
+        _give_up_output()
         return 1
+
+
+def _told(error: Exception) -> str:
+    return "nobody reads the output any more, so this ended" if isinstance(error, BrokenPipeError) else f"{error}"
+
+
+def _give_up_output() -> None:
+    """Python flushes once more as it ends, and would add two lines of its own on what it cannot write."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,11 +10,17 @@ from training.evaluate import Evaluation
 from training.journal import StepFigures
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process here, without a word."""
+        raise
+
+
 class Progress:
     """A bar on a terminal; in a log file, only the evaluations' lines."""
 
     def __init__(self, num_steps: int, tokens_per_step: int, done: int) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = _Console(highlight=False, soft_wrap=True)
         self._tokens_per_step = tokens_per_step
         self._bar = Bar(
             BarColumn(),

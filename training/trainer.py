@@ -170,7 +170,9 @@ class Trainer:
         noted = {} if chosen is None else {"chosen_by_class": chosen}
         sample = from_a_new_line(rounded, self.tokenizer, SAMPLE_LENGTH, seed=1)
         watchers.evaluation({**point, **noted}, figures, result, sample)
-        return self._save(rounded, result, sample)
+        folder = self._save(rounded, result, sample)
+        watchers.saved(figures, result, sample)
+        return folder
 
     def _save(self, rounded: Transformer, result: Evaluation, sample: str) -> Path:
         facts = self._facts(result)
@@ -263,9 +265,13 @@ class _Watchers:
             self._journal.step(figures)
 
     def evaluation(self, point: dict[str, Any], figures: StepFigures, result: Evaluation, sample: str) -> None:
-        if self._progress and self._journal:
-            self._progress.evaluation(figures, result, sample)
+        if self._journal:
             self._journal.evaluation(point, figures, result, sample)
+
+    def saved(self, figures: StepFigures, result: Evaluation, sample: str) -> None:
+        """The person is told last: if nobody reads any more the run ends here, and loses nothing."""
+        if self._progress:
+            self._progress.evaluation(figures, result, sample)
 
 
 class Diverged(Refused):

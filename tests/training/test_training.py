@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 from model import checkpoint
 from model.transformer import Transformer
 from tests.checkpoints import TINY, tiny_model
-from tests.training.processes import VERSE, said, train, train_here, training
+from tests.training.processes import ROOT, VERSE, said, train, train_here, training
 from training import balance, corpora, runs
 from training import config as configs
 from training.chance import chance_in, noise_weights
@@ -186,3 +189,38 @@ def test_a_text_is_measured_in_tokens_before_it_is_trained_on(text: Path) -> Non
     with pytest.raises(BadConfig, match="part of 32 tokens"):
         Trainer(TrainingConfig(shape=TINY), short, text.parent / "runs", torch.device("cpu"))
     Trainer(TrainingConfig(tokenizer="byte", shape=TINY), short, text.parent / "runs", torch.device("cpu"))
+
+
+def test_a_run_that_nobody_reads_any_more_ends_with_a_step_saved_and_a_line(text: Path) -> None:
+    """As behind `| head -1`, with Python's own buffer in between."""
+    arguments = ("--preset", "tiny", "--data", text, "--run", "unread", "--evaluate-every", 2)
+    command = [sys.executable, "-m", "training", "train", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=text.parent, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert "saving to runs/unread/" in process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1
+        assert process.stderr.read() == "nobody reads the output any more, so this ended\n"
+    assert runs.newest(text.parent / "runs" / "unread").name == "step-2"
+
+
+def test_what_is_printed_at_the_end_and_read_by_nobody_is_told_in_one_line(text: Path) -> None:
+    folder = train_here(text, "end", "--steps", 2)
+    command = [sys.executable, "-m", "training", "evaluate", "--checkpoint", str(folder), "--data", str(text)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(command, env=environment, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, "nobody reads the output any more, so this ended\n")
+
+
+def test_a_sample_that_the_output_cannot_spell_is_escaped_and_the_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "smiles.txt"
+    path.write_text("\N{GRINNING FACE}\N{PILE OF POO}" * 1000)
+    output = train(path, "smiles", "--steps", 2, PYTHONIOENCODING="ascii")
+    assert "\\U0001f" in output
+    assert runs.newest(tmp_path / "runs" / "smiles").name == "step-2"
