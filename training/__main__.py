@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from model.checkpoint import CheckpointError
 from model.machine import usable_cpus, visible_cpus
@@ -32,6 +32,13 @@ RUNS = Path("runs")
 # glibc returns large blocks to the kernel at once and zeroes them again at the next step; keeping them makes training a
 # fifth faster. The variables are read when a process starts, so training starts itself once more with them.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "134217728"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line; argparse's own usage has forty for ``train``."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help tells what there is)\n")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -66,7 +73,7 @@ def _give_up_output() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training", description="Train and examine Moescope's models.")
+    parser = Parser(prog="python -m training", description="Train and examine Moescope's models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="a preset and flags in, checkpoint folders out")

@@ -10,6 +10,7 @@ import torch
 from tests.training.processes import ROOT, assert_refused_here, assert_refused_in_one_line, training
 from training import config as configs
 from training import corpora
+from training.__main__ import main
 from training.config import BadConfig
 from training.memory import least_bytes, require_room
 from training.trainer import Trainer
@@ -68,6 +69,18 @@ def test_what_a_preset_or_a_flag_refuses_is_said_at_once_without_torch(tmp_path:
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 1
         assert "torch" not in output
+
+
+@pytest.mark.parametrize("arguments", [["train", "--steps", "many"], ["trian"], [], ["report", "--window", "3", "x"]])
+def test_a_line_that_cannot_be_understood_is_refused_in_one(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert line.startswith("python -m training")
+    assert "--help" in line
 
 
 def test_flags_reach_the_model_and_the_run() -> None:
