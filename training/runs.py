@@ -24,7 +24,8 @@ KEPT = 2
 RESUME = "resume.safetensors"
 """float32 weights and the optimizer's state; the rounded weights beside it could not continue a run bit by bit."""
 
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-(0|[1-9]\d*)", re.ASCII)
+_HALF_WRITTEN = re.compile(r"\.step-\d+\..+")
 
 
 class NothingToResume(Refused):
@@ -43,14 +44,23 @@ def save_step(run: Path, step: int, serving: dict[str, bytes], card: str, state:
     """Save a step as a new folder and drop all but the newest two and the step that is best so far."""
     folder = step_folder(run, step)
     if folder.exists():  # an interrupted run that was resumed from further back comes by here again
-        shutil.rmtree(folder)
+        _remove(folder)
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     checkpoint.save(folder, {**serving, RESUME: to_bytes(tensors)}, unlisted={"README.md": card.encode()})
     kept = {folder, step_folder(run, best), *_whole(run)[:KEPT]}
-    half_written = set(run.glob(".step-*"))  # left by a kill; nobody else writes to this run
+    # Left by a kill; nobody else writes to this run.
+    half_written = {path for path in run.glob(".step-*") if _HALF_WRITTEN.fullmatch(path.name) and path.is_dir()}
     for old in {*steps(run), *half_written} - kept:
-        shutil.rmtree(old)
+        _remove(old)
     return folder
+
+
+def _remove(folder: Path) -> None:
+    """Of a link, the link alone: what it leads to was put elsewhere by somebody who wants it."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def steps(run: Path) -> list[Path]:
@@ -121,9 +131,12 @@ def claim(run: Path, seen: list[Path]) -> TextIO:
 
 def require_writable(run: Path) -> None:
     """Raises NotWritable. Makes nothing: a run that is refused later leaves no folder behind."""
-    existing = next(path for path in (run, *run.absolute().parents) if path.exists())
+    existing = next(path for path in (run, *run.absolute().parents) if path.is_symlink() or path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise NotWritable(f"{run} cannot be written: {existing} is no folder that this user may write to")
+    for path in run.glob("step-*"):
+        if _NAME.fullmatch(path.name) and not path.is_dir():
+            raise NotWritable(f"{path} is no folder, and a step may need its place; move it, or name another run")
 
 
 def export(source: Path, target: Path) -> None:

@@ -13,13 +13,15 @@ import torch
 from model import checkpoint
 from model.tokenizer import Tokenizer
 from tests.checkpoints import plain_files
-from tests.training.processes import start, train, train_here, training
+from tests.training.processes import assert_refused_here, start, train, train_here, training
 from training import config as configs
 from training import corpora, runs
 from training.__main__ import _summary
 from training.config import BadConfig
 from training.history import History
 from training.trainer import Trainer, require_resumable
+
+TINY_RUN = ("train", "--preset", "tiny", "--data")
 
 
 def test_a_run_that_cannot_be_written_is_refused_before_its_text_is_read(text: Path) -> None:
@@ -41,6 +43,30 @@ def test_the_best_step_outlives_the_newest_two(tmp_path: Path) -> None:
     assert history.best == {"step": 2, "validation_loss": 1.5}
     assert sorted(runs.step_of(folder) for folder in tmp_path.glob("step-*")) == [2, 4, 5]
     assert history.milestones == {"1.7439": {"step": 2, "tokens": 20, "seconds": 0.0, "flops": 200}}
+
+
+def test_a_run_removes_what_is_its_own_and_of_a_link_the_link_alone(text: Path) -> None:
+    run = train_here(text, "mine", "--steps", 2).parent
+    (run / "step-2").rename(text.parent / "moved")
+    (run / "step-2").symlink_to(text.parent / "moved")
+    (run / ".step-3.half").mkdir()
+    for name in (".step-notes", ".step-4.txt"):
+        (run / name).touch()
+    (run / ".step-copies").mkdir()
+    train_here(text, "mine", "--steps", 8, "--evaluate-every", 2, resume=True)
+    assert {path.name for path in run.iterdir() if "step-" in path.name} == {
+        *("step-6", "step-8"), *(".step-notes", ".step-4.txt", ".step-copies"),
+    }  # fmt: skip
+    assert runs.is_whole(text.parent / "moved")
+
+
+def test_what_stands_in_a_run_s_way_is_refused_before_its_text_is_read(text: Path) -> None:
+    run = text.parent / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "step-4").touch()
+    assert_refused_here("runs/mine/step-4 is no folder", *TINY_RUN, "none.txt", "--run", "mine", cwd=text.parent)
+    run.with_name("gone").symlink_to(text.parent / "nowhere")
+    assert_refused_here("runs/gone is no folder", *TINY_RUN, "none.txt", "--run", "gone", cwd=text.parent)
 
 
 def test_a_run_ends_by_telling_its_final_and_its_best_step(text: Path) -> None:
