@@ -74,6 +74,21 @@ def _plain_files() -> dict[str, bytes]:
     return tiny_files(tiny_model())
 
 
+def as_trained(files: dict[str, bytes], **told: Any) -> dict[str, bytes]:
+    """The same files with a record as of a training of two steps, but for what is told."""
+    facts = {
+        "config": {"steps": 2, "batch_size": 8, "seed": 1, "tokenizer": "character"},
+        "corpus": {"name": "verse", "sha256": {"train": "1", "validation": "1"}},
+        "steps": 2,
+        "loss_curve": [{"step": 2, "train_loss": 4.1, "validation_loss": 4.2}],
+        "validation_loss": 4.2,
+        "bits_per_character": 6.1,
+        "bigram_loss": 2.5,
+    }
+    record = {**json.loads(files[checkpoint.RECORD]), **facts, **told}
+    return {**files, checkpoint.RECORD: json.dumps(record).encode()}
+
+
 def tiny_checkpoint(folder: Path, seed: int = 0, tokenizer: Tokenizer | None = None, **overrides: Any) -> Path:
     """Write a small checkpoint to a new folder."""
     if tokenizer:

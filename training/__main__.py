@@ -358,7 +358,8 @@ def _corpus(data: Path | None, name: str, of_items: bool) -> Corpus:
 
 def _of_items(loaded: Checkpoint) -> bool:
     """Whether a file was split by items for it; split otherwise, what it trained on would be scored."""
-    return bool(loaded.training.get("config", {}).get("items"))
+    config = loaded.training.get("config")
+    return isinstance(config, dict) and bool(config.get("items"))
 
 
 def _device(name: str) -> torch.device:

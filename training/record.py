@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +16,43 @@ from model.config import MAX_POSITIONS, ModelConfig
 from model.generate import generate
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from training.config import BadConfig
+from training.config import CHOICES, BadConfig
 from training.corpora import Corpus
 
 KNOWN_TOKENS = 64
 KNOWN_PROMPTS = ("ROMEO:\n", "KING HENRY:\n", "First Citizen:\n", "The ")
 
+_NUMBERS = ("steps", "tokens", "seconds", "validation_loss", "validation_windows", "bits_per_character", "bigram_loss")
+_NUMBERS_OF_A_POINT = ("step", "train_loss", "validation_loss")
+
+
+def require_trained(folder: Path, facts: dict[str, Any]) -> None:
+    """Raises CheckpointError for a record that no training wrote: serving needs less than a resume and a report do."""
+    config, curve = facts.get("config"), facts.get("loss_curve")
+    is_sound = {
+        **{name: _is_number(facts.get(name)) for name in (*_NUMBERS, "max_load")},
+        "milestones": isinstance(facts.get("milestones"), dict),
+        "routing_baseline": isinstance(facts.get("routing_baseline"), list),
+        "corpus.sha256": isinstance(facts["corpus"].get("sha256"), dict),
+        "config": isinstance(config, dict)
+        and all(_is_number(config.get(name)) for name in ("steps", "batch_size", "seed"))
+        and config.get("tokenizer") in CHOICES["tokenizer"],
+        "loss_curve": isinstance(curve, list)
+        and curve != []
+        and all(isinstance(at, dict) and all(_is_number(at.get(name)) for name in _NUMBERS_OF_A_POINT) for at in curve),
+    }
+    if lacking := [name for name, sound in is_sound.items() if not sound]:
+        path = folder / checkpoint.RECORD
+        raise checkpoint.CheckpointError(f"{path} has no sound {', '.join(lacking)}, so no training here wrote it")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
 
 def require_text_of(loaded: checkpoint.Checkpoint, corpus: Corpus) -> None:
     """Raises BadConfig if a checkpoint was trained on another text, whatever the names of the two."""
-    if loaded.training["corpus"]["sha256"] != corpus.digests:
+    if loaded.training["corpus"].get("sha256") != corpus.digests:
         raise BadConfig(f"{loaded.manifest.folder} was trained on another text than {corpus.name}; name its own")
 
 

@@ -72,6 +72,8 @@ def steps(run: Path) -> list[Path]:
 def newest(run: Path) -> Path:
     """The newest folder of a run whose manifest verifies. Raises NothingToResume."""
     whole = _whole(run)
+    if not whole and steps(run):
+        raise NothingToResume(f"{run} has no whole checkpoint; delete its step folders, or name another run with --run")
     if not whole:
         raise NothingToResume(f"{run} has no whole checkpoint; start the run without --resume")
     return whole[0]
@@ -106,9 +108,17 @@ def forget_metrics_after(run: Path, step: int) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of ``metrics.jsonl``, but for a last one that a kill has cut off. Raises OSError."""
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    """All lines of ``metrics.jsonl`` that tell of a step: a kill may cut one off, and a power cut leave zeros in its
+    place. Raises OSError."""
+    return [values for line in (run / "metrics.jsonl").read_bytes().split(b"\n") if (values := _metrics_of(line))]
+
+
+def _metrics_of(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:  # neither JSON nor UTF-8
+        return None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None
 
 
 def claim(run: Path, seen: list[Path]) -> TextIO:

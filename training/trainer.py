@@ -301,7 +301,14 @@ def _require_windows(name: str, shortest: int, config: TrainingConfig) -> None:
 def require_resumable(config: TrainingConfig, run: Path) -> tuple[Path, dict[str, Any]]:
     """The newest whole checkpoint of a run and its training record. Needs no corpus. Raises as ``resume`` does."""
     folder = runs.newest(run)
+    if not (folder / runs.RESUME).is_file():
+        raise runs.NothingToResume(
+            f"{folder} has no {runs.RESUME}: it is a copy for serving; move it, or name another run"
+        )
     facts = checkpoint.read_record(folder)
+    record.require_trained(folder, facts)
+    if facts["steps"] != runs.step_of(folder):
+        raise BadConfig(f"{folder} holds step {facts['steps']}; give it back its name, or name another run")
     _require_same(config, facts, run)
     return folder, facts
 

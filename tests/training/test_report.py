@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from markdown_it import MarkdownIt
 
 from model import checkpoint
+from model.checkpoint import CheckpointError
 from model.tokenizer import Tokenizer
-from tests.checkpoints import CHARACTERS, tiny_files, tiny_model
+from tests.checkpoints import CHARACTERS, as_trained, plain_files, tiny_files, tiny_model
 from tests.training.processes import ROOT, VERSE, assert_refused_here, said, train_here, training
 from training import config as configs
-from training import corpora
+from training import corpora, runs
 from training.config import BadConfig
 from training.corpora import Corpus
 from training.report import experts, pictures
@@ -174,12 +176,9 @@ def trained_on(
     """A tiny checkpoint whose record says what it was trained on; text stands for a SHA-256."""
     tokenizer = Tokenizer.of_bytes() if of_bytes else Tokenizer.of_characters(CHARACTERS)
     files = tiny_files(tiny_model(vocab_size=tokenizer.vocab_size), tokenizer)
-    told = {
-        "config": {"batch_size": batch_size, "seed": seed},
-        "corpus": {"name": name, "sha256": {"train": text, "validation": text}},
-    }
-    record = {**json.loads(files[checkpoint.RECORD]), **told}
-    checkpoint.save(folder, {**files, checkpoint.RECORD: json.dumps(record).encode()})
+    config = {"steps": 2, "batch_size": batch_size, "seed": seed, "tokenizer": "byte" if of_bytes else "character"}
+    told = {"config": config, "corpus": {"name": name, "sha256": {"train": text, "validation": text}}}
+    checkpoint.save(folder, as_trained(files, **told))
     return folder
 
 
@@ -204,6 +203,36 @@ def test_a_control_may_have_read_the_same_text_under_another_name(tmp_path: Path
     mixture = checkpoint.load(trained_on(tmp_path / "mixture"))
     figures = control_figures(trained_on(tmp_path / "control", name="copy"), mixture)
     assert figures["parameters"] == mixture.config.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("told", "named"),
+    [
+        ({"validation_loss": None}, "validation_loss"),
+        ({"validation_loss": math.nan, "steps": "2"}, "steps, validation_loss"),
+        ({"corpus": {"name": "verse"}}, r"corpus\.sha256"),
+        ({"config": "tiny"}, "config"),
+        ({"loss_curve": []}, "loss_curve"),
+        ({"loss_curve": [{"step": 2}]}, "loss_curve"),
+        ({"routing_baseline": None}, "routing_baseline"),
+    ],
+)
+def test_a_record_that_no_training_wrote_has_no_report(tmp_path: Path, told: dict[str, Any], named: str) -> None:
+    checkpoint.save(tmp_path / "other", as_trained(plain_files(), **told))
+    loaded = checkpoint.load(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=rf"training\.json has no sound {named},"):
+        write(loaded, Corpus("verse", "", ""), tmp_path / "out", windows=1, run=None, control=None)
+    checkpoint.save(tmp_path / "mixture", as_trained(plain_files()))
+    with pytest.raises(CheckpointError, match=rf"training\.json has no sound {named},"):
+        control_figures(tmp_path / "other", checkpoint.load(tmp_path / "mixture"))
+
+
+def test_shares_that_are_none_are_not_reported_as_load(tmp_path: Path) -> None:
+    corpus = Corpus("verse", CHARACTERS * 5, CHARACTERS)
+    told = {"routing_baseline": [[1, 2]], "corpus": {"name": "verse", "sha256": corpus.digests}}
+    checkpoint.save(tmp_path / "odd", as_trained(plain_files(), **told))
+    with pytest.raises(CheckpointError, match="has a routing_baseline that does not fit"):
+        write(checkpoint.load(tmp_path / "odd"), corpus, tmp_path / "out", windows=1, run=None, control=None)
 
 
 def test_the_dense_control_meets_as_many_parameters_per_token_and_as_much_data() -> None:
@@ -276,6 +305,18 @@ def test_a_report_writes_over_nobody_else_s_readme_and_takes_no_other_run_s_hist
     assert (tmp_path / "project" / "README.md").read_text() == "mine"
     report = write(loaded, corpus, folders["mine"], windows=2, run=tmp_path / "mine", control=None)
     assert [frame["step"] for frame in report["specialisation"]] == [2]
+
+
+def test_what_a_report_would_end_on_is_refused_before_it_measures(tmp_path: Path) -> None:
+    corpus = Corpus("verse", CHARACTERS, CHARACTERS[:9])  # which fills no window, so that nothing can be measured
+    told = {"corpus": {"name": "verse", "sha256": corpus.digests}}
+    checkpoint.save(tmp_path / "mine", as_trained(plain_files(), **told))
+    loaded = checkpoint.load(tmp_path / "mine")
+    (tmp_path / "file").touch()
+    with pytest.raises(runs.NotWritable, match="file is no folder"):
+        write(loaded, corpus, tmp_path / "file", windows=1, run=None, control=None)
+    with pytest.raises(BadConfig, match=r"has no metrics\.jsonl"):
+        write(loaded, corpus, tmp_path / "out", windows=1, run=tmp_path, control=None)
 
 
 def test_a_report_stands_beside_its_checkpoint_and_keeps_what_is_no_longer_at_hand(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from model import checkpoint
 from model.tokenizer import Tokenizer
-from tests.checkpoints import plain_files
+from tests.checkpoints import as_trained, plain_files
 from tests.training.processes import assert_refused_here, start, train, train_here, training
 from training import config as configs
 from training import corpora, runs
@@ -67,6 +67,40 @@ def test_what_stands_in_a_run_s_way_is_refused_before_its_text_is_read(text: Pat
     assert_refused_here("runs/mine/step-4 is no folder", *TINY_RUN, "none.txt", "--run", "mine", cwd=text.parent)
     run.with_name("gone").symlink_to(text.parent / "nowhere")
     assert_refused_here("runs/gone is no folder", *TINY_RUN, "none.txt", "--run", "gone", cwd=text.parent)
+
+
+def test_a_run_without_a_step_to_go_on_from_says_what_to_do(text: Path) -> None:
+    folder = train_here(text, "mine", "--steps", 2)
+    again = ("verse.txt", "--run", "mine", "--resume", "--steps", "4")
+    (folder / runs.RESUME).rename(text.parent / "resume")
+    (folder / checkpoint.MANIFEST).rename(text.parent / "manifest")
+    assert_refused_here("delete its step folders, or name", *TINY_RUN, *again, cwd=text.parent)
+    listed = json.loads((text.parent / "manifest").read_text())
+    del listed["files"][runs.RESUME]
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(listed))
+    assert_refused_here("step-2 has no resume.safetensors: it is a copy", *TINY_RUN, *again, cwd=text.parent)
+
+
+def test_a_step_that_no_run_has_left_here_is_refused(tmp_path: Path) -> None:
+    config = configs.from_preset("tiny", {})
+    checkpoint.save(tmp_path / "others" / "step-2", {**plain_files(), runs.RESUME: b""})
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"training\.json has no sound validation_loss, .* loss_curve, so"
+    ):
+        require_resumable(config, tmp_path / "others")
+    checkpoint.save(tmp_path / "renamed" / "step-1", {**as_trained(plain_files()), runs.RESUME: b""})
+    with pytest.raises(BadConfig, match=r"step-1 holds step 2; give it back its name"):
+        require_resumable(config, tmp_path / "renamed")
+
+
+def test_lines_that_tell_of_no_step_are_passed_over(text: Path) -> None:
+    folder = train_here(text, "mine", "--steps", 2)
+    metrics = folder.parent / "metrics.jsonl"
+    first, *_ = whole = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join([first[:20], b"\0" * 99, b"\n\xff}\n{a}\n[1]\n{}\n", *whole, first.strip(b"\n")[:-9]]))
+    train_here(text, "mine", "--steps", 3, resume=True)
+    steps = [line["step"] for line in runs.read_metrics(folder.parent)]
+    assert steps == [1, 2, 2, 3, 3]
 
 
 def test_a_run_ends_by_telling_its_final_and_its_best_step(text: Path) -> None:

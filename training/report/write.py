@@ -21,7 +21,7 @@ from training.baselines import bits_per_character
 from training.config import BadConfig
 from training.corpora import Corpus
 from training.history import lowest
-from training.record import require_text_of
+from training.record import require_text_of, require_trained
 from training.report import experts, pictures
 from training.report.card import card
 from training.report.overlap import longest_overlap
@@ -37,21 +37,27 @@ def write(
 ) -> dict[str, Any]:
     """Measure and write.
 
-    Raises BadConfig when the text, the run or the control belongs to another training, or an earlier report is damaged.
+    Raises BadConfig when the text, the run or the control belongs to another training, or an earlier report is damaged;
+    CheckpointError when no training wrote the record.
     """
     facts = loaded.training
+    require_trained(loaded.manifest.folder, facts)
     require_text_of(loaded, corpus)
     is_its_own = output.resolve() == loaded.manifest.folder.resolve()
     if not is_its_own and (output / CARD).exists() and not (output / FILE).exists():
         raise BadConfig(f"{output / CARD} is no report's, and would be lost; name another --output")
+    runs.require_writable(output)
     earlier = _earlier(output, loaded)
+    # What may refuse goes before what takes minutes.
+    figures = control_figures(control, loaded) if control else earlier.get("control")
+    specialisation = _specialisation(run, facts) if run else earlier.get("specialisation", [])
     num_tokens = len(loaded.tokenizer.encode(corpus.validation))
     report = {
         "fingerprint": loaded.manifest.fingerprint,
         **_results(facts, loaded.config, num_tokens, len(corpus.validation)),
-        "control": control_figures(control, loaded) if control else earlier.get("control"),
+        "control": figures,
         **_of_experts(loaded, corpus, windows),
-        "specialisation": _specialisation(run, facts) if run else earlier.get("specialisation", []),
+        "specialisation": specialisation,
         **_of_text(loaded, corpus),
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -108,6 +114,7 @@ def _cost(facts: dict[str, Any]) -> dict[str, Any]:
 def control_figures(folder: Path, mixture: Checkpoint) -> dict[str, Any]:
     """What a control of a mixture reached and cost. Raises BadConfig if what it was trained on was another."""
     control = checkpoint.load(folder)
+    require_trained(folder, control.training)
     wanted = _trained_on(mixture)
     for what, value in _trained_on(control).items():
         if value != wanted[what]:
@@ -139,7 +146,7 @@ def _of_experts(loaded: Checkpoint, corpus: Corpus, windows: int) -> dict[str, A
     few = config.num_layers * config.num_experts <= experts.MOST_EXPERTS
     found: dict[str, Any] = {
         "tokens_counted": inputs.numel(),
-        "load": experts.load(torch.tensor(loaded.training["routing_baseline"])),
+        "load": experts.load(torch.tensor(checkpoint.read_baseline(loaded.manifest.folder, config))),
     }
     found["favourites"] = found["classes"] = found["causal_map"] = None
     if few and config.num_experts > 1:
