@@ -134,8 +134,8 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     flags = configs.flag_values(arguments)
     config = configs.from_preset(arguments.preset, flags)
-    if "corpus" in flags and arguments.data:
-        raise configs.BadConfig("--corpus names one text and --data another; leave one of them out")
+    _require_one_text(flags.get("corpus"), arguments.data)
+    configs.require_used(config, flags)
     name = arguments.preset if arguments.run is None else arguments.run
     run = RUNS / name
     if run.parent != RUNS or run.name in ("", ".", "..") or not name.isprintable():
@@ -174,6 +174,11 @@ def _train(arguments: argparse.Namespace) -> None:
     ranks.leave()
 
 
+def _require_one_text(corpus: str | None, data: Path | None) -> None:
+    if corpus is not None and data is not None:
+        raise configs.BadConfig("--corpus names one text and --data another; leave one of them out")
+
+
 def _beginning(trainer: Trainer) -> str:
     shape, size = trainer.model.config, trainer.ranks.size
     return (
@@ -197,6 +202,7 @@ def _summary(trainer: Trainer, final: Path) -> str:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    _require_one_text(arguments.corpus, arguments.data)
     import torch
 
     from model import checkpoint
@@ -289,6 +295,7 @@ def _seed(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> None:
     if arguments.windows < 1:
         raise configs.BadConfig(f"--windows is {arguments.windows}; it must be at least 1")
+    _require_one_text(arguments.corpus, arguments.data)
     from model import checkpoint
     from training.report.write import write
 
@@ -313,6 +320,12 @@ def _require_sampling(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not low <= value <= high:
             raise configs.BadConfig(f"--{name.replace('_', '-')} is {value}; it must be between {low} and {high}")
+    if 0 < arguments.temperature < 0.01:
+        raise configs.BadConfig(
+            f"--temperature is {arguments.temperature}; it must be 0, which is greedy, or from 0.01 up"
+        )
+    if arguments.items is None and arguments.data:
+        raise configs.BadConfig("--data is for --items N, to mark the known ones; add it, or leave --data out")
     if arguments.items is not None and (arguments.prompt or not arguments.data):
         raise configs.BadConfig("--items takes no prompt, and --data FILE with the items that the model was trained on")
 

@@ -194,6 +194,13 @@ def replaced(config: TrainingConfig, overrides: dict[str, Any]) -> TrainingConfi
     return replace(config, shape=shape, **rest)
 
 
+def require_used(config: TrainingConfig, flags: dict[str, Any]) -> None:
+    """Raises BadConfig for a flag without effect; a preset may hold such a value for whoever turns on what it is of."""
+    for flag, name, needed in (("jitter", "router_noise", "jitter"), ("bpe_vocab_size", "tokenizer", "bpe")):
+        if flag in flags and (chosen := getattr(config, name)) != needed:
+            raise BadConfig(f"{flag} is {flags[flag]}, but {name} is {chosen}; make that {needed}, or leave {flag} out")
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for every value of a run; a flag that is absent leaves the preset's value."""
     defaults = {

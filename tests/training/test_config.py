@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.processes import ROOT, assert_refused_here, assert_refused_in_one_line, training
+from tests.training.processes import ROOT, assert_refused_here, training
 from training import config as configs
 from training import corpora
 from training.__main__ import main
@@ -33,11 +33,17 @@ from training.trainer import Trainer
         (["train", "--preset", "tiny", "--clip-norm=-1"], "clip_norm is -1"),
         (["train", "--preset", "tiny", "--activation", "tanh"], "activation is 'tanh'"),
         (["train", "--preset", "tiny", "--load-weight", "0.1"], "router_noise gaussian"),
+        (["train", "--preset", "tiny", "--jitter", "0.1"], "make that jitter, or leave jitter out"),
+        (["train", "--preset", "tiny", "--bpe-vocab-size", "300"], "make that bpe, or leave bpe_vocab_size out"),
+        (["evaluate", "--corpus", "tinyshakespeare", "--data", "verse.txt"], "leave one of them out"),
+        (["report", "--corpus", "tinyshakespeare", "--data", "verse.txt"], "leave one of them out"),
         (["sample", "--temperature", "nan"], "--temperature is nan"),
+        (["sample", "--temperature", "1e-308"], "0, which is greedy, or from 0.01 up"),
+        (["sample", "--data", "verse.txt"], "--data is for --items N"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(text: Path, arguments: list[str], message: str) -> None:
-    assert_refused_in_one_line(message, *arguments, cwd=text.parent)
+    assert_refused_here(message, *arguments, cwd=text.parent)
 
 
 @pytest.mark.parametrize(
