@@ -408,11 +408,12 @@ def _speaks_of(error: Exception) -> bool:
     """Under torchrun a machine's ranks refuse the same; its first says so. What befell one alone, that rank says."""
     if "LOCAL_RANK" not in os.environ:
         return True
-    from training.parallel import FirstFailed, RankLost, Ranks
+    from training.parallel import FirstFailed, NoRanks, RankLost
 
     if isinstance(error, FirstFailed):
         return False
-    return Ranks.from_environment().local_rank == 0 or isinstance(error, RankLost | OSError)
+    own = RankLost | NoRanks | OSError | MemoryError | RuntimeError
+    return os.environ["LOCAL_RANK"] == "0" or isinstance(error, own)
 
 
 if __name__ == "__main__":

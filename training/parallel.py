@@ -28,6 +28,10 @@ class FirstFailed(Refused):
     """The first rank could not do what the others waited for, and says so itself."""
 
 
+class NoRanks(Refused):
+    """The environment does not tell of ranks as torchrun does, or they cannot meet. One sentence."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among its peers. Every method that talks must be called by all ranks, in the same order."""
@@ -39,19 +43,28 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """What torchrun says of this process; one rank alone where it says nothing."""
+        """What torchrun says of this process; one rank alone where it says nothing. Raises NoRanks."""
         if "LOCAL_RANK" not in os.environ:
             return cls()
-        return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+        said = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+        if not all(value.isdecimal() for value in said.values()):
+            found = ", ".join(f"{name}={value}" for name, value in said.items())
+            raise NoRanks(f"the environment has {found!r}; start several ranks by torchrun, and one without LOCAL_RANK")
+        return cls(*map(int, said.values()))
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def join(self, device: torch.device) -> None:
-        """Meet the others, over gloo on a CPU and NCCL on GPUs; needed before any method that talks."""
-        if self.size > 1:
+        """Meet the others, over gloo on a CPU and NCCL on GPUs; needed before any method that talks. Raises NoRanks."""
+        if self.size == 1:
+            return
+        try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise NoRanks(f"the {self.size} ranks cannot meet ({reason}); start them all by torchrun") from None
 
     def leave(self) -> None:
         """End this process in order, if it is one of several; the last thing that it does.

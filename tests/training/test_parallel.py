@@ -22,7 +22,7 @@ import yaml
 
 from model import checkpoint
 from tests.evidence import Evidence
-from tests.training.processes import ROOT, start, train, train_here
+from tests.training.processes import ROOT, assert_refused_here, start, train, train_here
 from training import config as configs
 from training import runs
 
@@ -228,3 +228,17 @@ def test_the_lines_of_the_page_are_those_of_the_file_for_skypilot() -> None:
         num_ranks = len(lines) * int(line[line.index("--nproc-per-node") + 1])
         preset = configs.from_preset(line[line.index("--preset") + 1], {})
         assert preset.batch_size % num_ranks == 0
+
+
+def test_an_environment_that_tells_of_ranks_as_torchrun_does_not_is_refused_in_one_line(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other launchers set LOCAL_RANK too."""
+    train = ("train", "--preset", "tiny", "--data", text)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert_refused_here("'RANK=, WORLD_SIZE=, LOCAL_RANK=0, LOCAL_WORLD_SIZE='", *train, cwd=text.parent)
+    assert_refused_here("none is no folder", "evaluate", "--checkpoint", "none", cwd=text.parent)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert_refused_here("the 2 ranks cannot meet", *train, cwd=text.parent)
