@@ -6,6 +6,8 @@ import argparse
 import io
 import os
 import secrets
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -53,15 +55,24 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (OSError, Refused, CheckpointError, UnknownCharacters) as error:
+    except (OSError, Refused, CheckpointError, UnknownCharacters, MemoryError, RuntimeError) as error:
+        told = _told(error)
+        if told is None:
+            raise
         if _speaks_of(error):
-            print(_told(error), file=sys.stderr)
+            print(told, file=sys.stderr)
         _give_up_output()
         return 1
 
 
-def _told(error: Exception) -> str:
-    return "nobody reads the output any more, so this ended" if isinstance(error, BrokenPipeError) else f"{error}"
+def _told(error: Exception) -> str | None:
+    """One line for whoever asked; None for a fault of this program, which keeps its traceback."""
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more, so this ended"
+    # Of a CPU's memory torch raises nothing more special.
+    if isinstance(error, MemoryError) or any(said in str(error) for said in ("out of memory", "allocate memory")):
+        return "there is not enough memory for this; a smaller batch_size, or a smaller model, needs less"
+    return None if isinstance(error, RuntimeError) else " ".join(f"{error}".splitlines())
 
 
 def _give_up_output() -> None:
@@ -143,6 +154,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if config.items and not arguments.data:
         raise configs.BadConfig("items are the lines of a file; add --data FILE, or leave --items out")
     with_patient_malloc("training")
+    _import_torch()
     from training import memory, runs
     from training.parallel import Ranks
     from training.trainer import Trainer, require_resumable
@@ -197,12 +209,13 @@ def _summary(trainer: Trainer, final: Path) -> str:
         f"final  validation loss {history.loss_curve[-1]['validation_loss']:.4f} at step {history.step}: {final}\n"
         f"best   validation loss {history.best['validation_loss']:.4f} at step {history.best['step']}: "
         f"{trainer.best_folder}\n"
-        f"serve it:  make serve CHECKPOINT={trainer.best_folder}"
+        f"serve it:  make serve CHECKPOINT={shlex.quote(str(trainer.best_folder))}"
     )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     _require_one_text(arguments.corpus, arguments.data)
+    _import_torch()
     import torch
 
     from model import checkpoint
@@ -242,6 +255,7 @@ def _bigram(tokenizer: Tokenizer, corpus: Corpus, validation_ids: torch.Tensor) 
 
 def _sample(arguments: argparse.Namespace) -> None:
     _require_sampling(arguments)
+    _import_torch()
     from model import checkpoint
     from training.sample import stream
 
@@ -296,6 +310,7 @@ def _report(arguments: argparse.Namespace) -> None:
     if arguments.windows < 1:
         raise configs.BadConfig(f"--windows is {arguments.windows}; it must be at least 1")
     _require_one_text(arguments.corpus, arguments.data)
+    _import_torch()
     from model import checkpoint
     from training.report.write import write
 
@@ -333,6 +348,7 @@ def _require_sampling(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     if arguments.dtype and not arguments.gguf:
         raise configs.BadConfig("--dtype is of the GGUF's matrices; add --gguf FILE, or leave --dtype out")
+    _import_torch()
     from training import runs
 
     if arguments.gguf:  # first, so that a refusal leaves nothing behind
@@ -349,7 +365,7 @@ def _export(arguments: argparse.Namespace) -> None:
         if arguments.gguf:
             arguments.gguf.unlink()
         raise
-    print(f"serve it:  make serve CHECKPOINT={arguments.target}")
+    print(f"serve it:  make serve CHECKPOINT={shlex.quote(str(arguments.target))}")
 
 
 def _require_apart(file: Path, folder: Path) -> None:
@@ -402,6 +418,16 @@ def with_patient_malloc(module: str) -> None:
     """Start the module, which this process runs, once more with MALLOC, unless it has been."""
     if not MALLOC.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**os.environ, **MALLOC})
+
+
+def _import_torch() -> None:
+    """Meanwhile Ctrl-C ends the process at once: torch would swallow the exception, and lack numpy from then on."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    import torch  # noqa: F401
+
+    signal.signal(signal.SIGINT, before)
 
 
 def _speaks_of(error: Exception) -> bool:

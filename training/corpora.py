@@ -174,8 +174,8 @@ def _read(path: Path) -> str:
 
 
 def _name_of(path: Path) -> str:
-    """A name that a record can hold: file names need not be UTF-8."""
-    return path.stem.encode(errors="replace").decode()
+    """A name that a record and a line of text can hold: file names may be other than UTF-8, and have line breaks."""
+    return "".join(character if character.isprintable() else "?" for character in path.stem)
 
 
 def at_hand(name: str) -> Path | None:

@@ -10,7 +10,7 @@ import torch
 from tests.training.processes import ROOT, assert_refused_here, training
 from training import config as configs
 from training import corpora
-from training.__main__ import main
+from training.__main__ import _told, main
 from training.config import BadConfig
 from training.memory import least_bytes, require_room
 from training.trainer import Trainer
@@ -61,6 +61,28 @@ def test_what_only_a_look_around_can_tell_is_refused_in_one_line(
     text: Path, arguments: list[str], message: str
 ) -> None:
     assert_refused_here(message, *arguments, cwd=text.parent)
+
+
+def test_memory_that_runs_out_on_the_way_is_told_in_one_line_and_a_fault_is_not() -> None:
+    with pytest.raises(RuntimeError) as of_a_cpu:
+        torch.empty(2**60)
+    for error in (of_a_cpu.value, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB"), MemoryError()):
+        assert (
+            _told(error) == "there is not enough memory for this; a smaller batch_size, or a smaller model, needs less"
+        )
+    assert _told(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_an_interrupt_while_torch_is_imported_ends_the_process(tmp_path: Path) -> None:
+    """As torch does when its import of numpy is interrupted, this one takes no notice."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(1)\n"
+        "except KeyboardInterrupt:\n    raise SystemExit('went on')\n"
+    )
+    process = training("evaluate", cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "")
 
 
 def test_what_a_preset_or_a_flag_refuses_is_said_at_once_without_torch(tmp_path: Path) -> None:

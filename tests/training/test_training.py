@@ -69,6 +69,18 @@ def test_a_text_whose_file_name_is_no_utf8_is_trained_on(tmp_path: Path) -> None
     assert checkpoint.read_record(tmp_path / "runs" / "mine" / "step-2")["corpus"]["name"] == "caf?"
 
 
+def test_whatever_a_text_and_a_run_are_called_what_is_said_of_them_is_a_line_to_paste(tmp_path: Path) -> None:
+    path = tmp_path / "my\nverse.txt"
+    path.write_text(VERSE[:200])
+    asked = ("train", "--preset", "tiny", "--data", path, "--run", "my run", "--steps", 1)
+    code, output = said(*asked, cwd=tmp_path)
+    assert (code, output) == (1, "my?verse has a part of 20 tokens; context_length 32 needs more in both\n")
+    path.write_bytes(b"\xff")
+    assert len(said(*asked, cwd=tmp_path)[1].splitlines()) == 1
+    path.write_text(VERSE)
+    assert said(*asked, cwd=tmp_path)[1].splitlines()[-1] == "serve it:  make serve CHECKPOINT='runs/my run/step-1'"
+
+
 def test_flops_are_six_for_each_active_weight_and_twelve_for_each_position_attended() -> None:
     config = tiny_model().config
     weights = 65 * 32 + 32  # the head and its norm
