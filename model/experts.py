@@ -172,7 +172,7 @@ class SparseMoE(nn.Module):
 
         Whom a full expert turns away is not in the routing: it says what the router wanted.
         """
-        tokens = x.flatten(0, -2)
+        tokens = x.reshape(-1, x.shape[-1])
         routing = self.router(tokens, disabled, chance)
         carried_out = routing if chance is None else chance.within_capacity(routing)
         return self.experts(tokens, carried_out, chance).view_as(x), routing

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.experts import ROW_MULTIPLE, Experts, padded_layout
+from model.experts import ROW_MULTIPLE, Experts, SparseMoE, padded_layout
 from model.router import Router, Routing
 from tests.checkpoints import tiny_model
 
@@ -78,3 +78,13 @@ def test_a_model_s_gradient_can_be_taken_by_torch_func() -> None:
     model(ids)[0].square().mean().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(taken[name], parameter.grad)
+
+
+def test_one_token_alone_and_many_in_any_shape_get_the_same() -> None:
+    moe = SparseMoE(32, 4, 2, 48)
+    x = torch.randn(6, 32)
+    together, _ = moe(x)
+    assert torch.equal(moe(x.view(2, 3, 32))[0], together.view(2, 3, 32))
+    y, routing = moe(x[4])
+    torch.testing.assert_close(y, together[4])
+    assert routing.expert_ids.shape == (1, 2)
