@@ -17,6 +17,9 @@ FILE = "tokenizer.json"
 LONGEST_PIECE = 1024
 """Bytes of a word that learning pairs takes as one: each merge moves the rest of its piece."""
 
+PROBE = "a  b\n c"
+"""Has what a rule for words may take away or put in."""
+
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 _PLAIN = str.maketrans(
@@ -93,7 +96,11 @@ class Tokenizer:
         self._id_of = {token: index for index, token in enumerate(self.tokens)}
         if len(self._id_of) != len(self.tokens):
             raise ValueError("two of its tokens are shown alike")
+        if getattr(inner.model, "dropout", None):
+            raise ValueError("it joins its pairs by chance")
         self._characters = frozenset("".join(spellings))
+        if self.is_of_bytes and self.decode(self.encode(PROBE)) != PROBE:
+            raise ValueError("it adds to the text or drops of it before it spells it")
 
     @classmethod
     def of_characters(cls, text: str) -> Tokenizer:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from model.tokenizer import BYTE_LETTERS, Tokenizer, UnknownCharacters
+from model.tokenizer import BYTE_LETTERS, FILE, Tokenizer, UnknownCharacters
 from tests.checkpoints import CHARACTERS
 
 TOKENIZER = Tokenizer.of_characters(CHARACTERS)
@@ -183,4 +183,22 @@ def test_a_file_that_would_change_the_text_is_refused(tmp_path: Path, change: di
         rule[key] = rule[key] | value if key == "model" else value
     (tmp_path / "tokenizer.json").write_text(json.dumps(rule))
     with pytest.raises(ValueError, match=words):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"dropout": 0.1}}, "by chance"),
+        ({"pre_tokenizer": {"add_prefix_space": True}}, "adds to the text"),
+    ],
+)
+def test_a_rule_that_spells_another_text_or_by_chance_is_refused(
+    tmp_path: Path, change: dict[str, dict[str, object]], message: str
+) -> None:
+    rule = json.loads(Tokenizer.of_bpe("ab ba " * 50, 260).files()[FILE])
+    for part, values in change.items():
+        rule[part] |= values
+    (tmp_path / FILE).write_text(json.dumps(rule))
+    with pytest.raises(ValueError, match=message):
         Tokenizer.load(tmp_path)
