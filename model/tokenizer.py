@@ -160,9 +160,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Their text; U+FFFD where bytes make no character."""
-        if self.is_of_bytes:
-            return b"".join(self.token_bytes[token_id] for token_id in ids).decode(errors="replace")
-        return str(self._inner.decode(list(ids), skip_special_tokens=False))
+        return b"".join(self.token_bytes[token_id] for token_id in ids).decode(errors="replace")
 
     def speller(self) -> Speller:
         """For one sequence: it remembers the bytes that have no text yet."""

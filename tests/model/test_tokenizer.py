@@ -202,3 +202,10 @@ def test_a_rule_that_spells_another_text_or_by_chance_is_refused(
     (tmp_path / FILE).write_text(json.dumps(rule))
     with pytest.raises(ValueError, match=message):
         Tokenizer.load(tmp_path)
+
+
+def test_a_text_is_what_its_tokens_spell_whatever_the_file_says_of_decoding(tmp_path: Path) -> None:
+    rule = json.loads(TOKENIZER.files()[FILE])
+    (tmp_path / FILE).write_text(json.dumps({**rule, "decoder": None}))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.decode(loaded.encode("To be")) == "To be"
