@@ -147,7 +147,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
     try:
         return Tokenizer.load(folder)
-    except Exception as error:  # the library raises nothing narrower
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and its panics are no Exception
         raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
 
 

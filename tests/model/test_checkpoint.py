@@ -20,6 +20,7 @@ from safetensors.torch import save as to_bytes
 from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.config import ModelConfig, UnsupportedConfig
+from model.tokenizer import Tokenizer
 from tests.checkpoints import plain_files, tiny_checkpoint, tiny_model
 from tests.evidence import At, Evidence
 from training import runs
@@ -95,6 +96,14 @@ def test_a_manifest_cannot_name_files_elsewhere(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="outside"):
         checkpoint.verify(folder)
+
+
+def test_a_vocabulary_on_which_the_library_panics_is_refused(tmp_path: Path) -> None:
+    rule = json.loads(Tokenizer.of_bpe("ab ab c " * 20, 262).files()["tokenizer.json"])
+    rule["model"]["vocab"] = {"a": 0, "b": 0}
+    checkpoint.save(tmp_path / "twice", {**plain_files(), "tokenizer.json": json.dumps(rule).encode()})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+        checkpoint.load(tmp_path / "twice")
 
 
 @pytest.mark.parametrize(
