@@ -32,9 +32,9 @@ from model.experts import Experts
 from model.router import Routing
 from model.transformer import Transformer
 from training import config as configs
-from training.__main__ import with_patient_malloc
 from training.config import TrainingConfig
 from training.optimizer import POLAR_EXPRESS, Optimizer, is_matrix
+from training.process import with_patient_malloc
 from training.trainer import fast_products
 
 VOCABULARY = 65  # tiny Shakespeare's

@@ -7,7 +7,6 @@ import io
 import os
 import secrets
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from model.machine import usable_cpus, visible_cpus
 from model.tokenizer import UnknownCharacters
 from training import Refused
 from training import config as configs
+from training.process import give_up_output, import_torch, speaks_of, told, with_patient_malloc
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from training.trainer import Trainer
 
 RUNS = Path("runs")
-
-# glibc returns large blocks to the kernel at once and zeroes them again at the next step; keeping them makes training a
-# fifth faster. The variables are read when a process starts, so training starts itself once more with them.
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "134217728"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,31 +52,13 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (OSError, Refused, CheckpointError, UnknownCharacters, MemoryError, RuntimeError) as error:
-        told = _told(error)
-        if told is None:
+        line = told(error)
+        if line is None:
             raise
-        if _speaks_of(error):
-            print(told, file=sys.stderr)
-        _give_up_output()
+        if speaks_of(error):
+            print(line, file=sys.stderr)
+        give_up_output()
         return 1
-
-
-def _told(error: Exception) -> str | None:
-    """One line for whoever asked; None for a fault of this program, which keeps its traceback."""
-    if isinstance(error, BrokenPipeError):
-        return "nobody reads the output any more, so this ended"
-    # Of a CPU's memory torch raises nothing more special.
-    if isinstance(error, MemoryError) or any(said in str(error) for said in ("out of memory", "allocate memory")):
-        return "there is not enough memory for this; a smaller batch_size, or a smaller model, needs less"
-    return None if isinstance(error, RuntimeError) else " ".join(f"{error}".splitlines())
-
-
-def _give_up_output() -> None:
-    """Python flushes once more as it ends, and would add two lines of its own on what it cannot write."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,7 +132,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if config.items and not arguments.data:
         raise configs.BadConfig("items are the lines of a file; add --data FILE, or leave --items out")
     with_patient_malloc("training")
-    _import_torch()
+    import_torch()
     from training import memory, runs
     from training.parallel import Ranks
     from training.trainer import Trainer, require_resumable
@@ -215,7 +193,7 @@ def _summary(trainer: Trainer, final: Path) -> str:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     _require_one_text(arguments.corpus, arguments.data)
-    _import_torch()
+    import_torch()
     import torch
 
     from model import checkpoint
@@ -255,7 +233,7 @@ def _bigram(tokenizer: Tokenizer, corpus: Corpus, validation_ids: torch.Tensor) 
 
 def _sample(arguments: argparse.Namespace) -> None:
     _require_sampling(arguments)
-    _import_torch()
+    import_torch()
     from model import checkpoint
     from training.sample import stream
 
@@ -310,7 +288,7 @@ def _report(arguments: argparse.Namespace) -> None:
     if arguments.windows < 1:
         raise configs.BadConfig(f"--windows is {arguments.windows}; it must be at least 1")
     _require_one_text(arguments.corpus, arguments.data)
-    _import_torch()
+    import_torch()
     from model import checkpoint
     from training.report.write import write
 
@@ -348,7 +326,7 @@ def _require_sampling(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     if arguments.dtype and not arguments.gguf:
         raise configs.BadConfig("--dtype is of the GGUF's matrices; add --gguf FILE, or leave --dtype out")
-    _import_torch()
+    import_torch()
     from training import runs
 
     if arguments.gguf:  # first, so that a refusal leaves nothing behind
@@ -412,34 +390,6 @@ def _rank_device(name: str, ranks: Ranks) -> torch.device:
         )
     torch.cuda.set_device(ranks.local_rank)
     return torch.device("cuda", ranks.local_rank)
-
-
-def with_patient_malloc(module: str) -> None:
-    """Start the module, which this process runs, once more with MALLOC, unless it has been."""
-    if not MALLOC.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**os.environ, **MALLOC})
-
-
-def _import_torch() -> None:
-    """Meanwhile Ctrl-C ends the process at once: torch would swallow the exception, and lack numpy from then on."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    import torch  # noqa: F401
-
-    signal.signal(signal.SIGINT, before)
-
-
-def _speaks_of(error: Exception) -> bool:
-    """Under torchrun a machine's ranks refuse the same; its first says so. What befell one alone, that rank says."""
-    if "LOCAL_RANK" not in os.environ:
-        return True
-    from training.parallel import FirstFailed, NoRanks, RankLost
-
-    if isinstance(error, FirstFailed):
-        return False
-    own = RankLost | NoRanks | OSError | MemoryError | RuntimeError
-    return os.environ["LOCAL_RANK"] == "0" or isinstance(error, own)
 
 
 if __name__ == "__main__":

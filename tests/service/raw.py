@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -14,6 +15,15 @@ def read_response(connection: socket.socket) -> httpx.Response:
     head, _, content = connection.makefile("rb").read().partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
     return httpx.Response(int(first.split()[1]), headers=[_pair(line) for line in lines], content=content)
+
+
+def received(connection: socket.socket) -> bytes:
+    """Until the end, or until the server resets a connection on which more is being sent."""
+    content = b""
+    with suppress(ConnectionResetError):
+        while chunk := connection.recv(65_536):
+            content += chunk
+    return content
 
 
 def _pair(line: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from service import server as edge
 from service.protocol import Bounds
 from tests.service.conftest import StartServer
 from tests.service.here import served_here
-from tests.service.raw import HEAD, code_of, read_response
+from tests.service.raw import HEAD, code_of, read_response, received
 from tests.service.serving import FOR_EVER, PATIENCE_S, Samples, Server, wait_until
 
 QUICK = Bounds(connections=8, head_s=0.5, body_s=0.5, stalled_s=1.5)
@@ -300,15 +300,6 @@ def trickle(connection: socket.socket, stop: threading.Event) -> None:
             connection.sendall(b"a")
         except OSError:
             return
-
-
-def received(connection: socket.socket) -> bytes:
-    """Until the end, or until the server resets a connection on which more is being sent."""
-    content = b""
-    with suppress(ConnectionResetError):
-        while chunk := connection.recv(65_536):
-            content += chunk
-    return content
 
 
 def has_unsent_bytes(quick: Quick) -> bool:

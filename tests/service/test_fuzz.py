@@ -31,6 +31,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 
 from tests.checkpoints import CHARACTERS, TINY
 from tests.evidence import At, Evidence
+from tests.service.raw import received
 from tests.service.serving import Event, Server, parse_events
 
 Operation = APIOperation[Any, Any, Any, Any]
@@ -387,7 +388,7 @@ def exchange(server: Server, sent: Sent) -> httpx.Response | None:
             connection.sendall(sent.bytes)
         if not sent.is_whole:
             return None
-        head, _, content = heard(connection).partition(b"\r\n\r\n")
+        head, _, content = received(connection).partition(b"\r\n\r\n")
     if head == b"HTTP/1.1 100 Continue":
         head, _, content = content.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")
@@ -395,14 +396,6 @@ def exchange(server: Server, sent: Sent) -> httpx.Response | None:
     if ("transfer-encoding", "chunked") in headers:
         content = unchunked(content)
     return httpx.Response(int(first.split()[1]), headers=headers, content=content)
-
-
-def heard(connection: socket.socket) -> bytes:
-    content = b""
-    with suppress(ConnectionResetError):
-        while piece := connection.recv(65_536):
-            content += piece
-    return content
 
 
 def unchunked(content: bytes) -> bytes:

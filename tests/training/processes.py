@@ -15,7 +15,8 @@ import torch
 
 from training import config as configs
 from training import corpora
-from training.__main__ import MALLOC, main
+from training.__main__ import main
+from training.process import MALLOC
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,10 @@ import torch
 from tests.training.processes import ROOT, assert_refused_here, training
 from training import config as configs
 from training import corpora
-from training.__main__ import _told, main
+from training.__main__ import main
 from training.config import BadConfig
 from training.memory import least_bytes, require_room
+from training.process import told
 from training.trainer import Trainer
 
 
@@ -68,16 +69,16 @@ def test_memory_that_runs_out_on_the_way_is_told_in_one_line_and_a_fault_is_not(
         torch.empty(2**60)
     for error in (of_a_cpu.value, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB"), MemoryError()):
         assert (
-            _told(error) == "there is not enough memory for this; a smaller batch_size, or a smaller model, needs less"
+            told(error) == "there is not enough memory for this; a smaller batch_size, or a smaller model, needs less"
         )
-    assert _told(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert told(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 def test_an_interrupt_while_torch_is_imported_ends_the_process(tmp_path: Path) -> None:
     """As torch does when its import of numpy is interrupted, this one takes no notice."""
     (tmp_path / "torch.py").write_text(
-        "import os, signal, time\n"
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(1)\n"
+        "import signal\n"
+        "try:\n    signal.raise_signal(signal.SIGINT)\n"
         "except KeyboardInterrupt:\n    raise SystemExit('went on')\n"
     )
     process = training("evaluate", cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
