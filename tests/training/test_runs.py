@@ -16,7 +16,7 @@ from tests.checkpoints import as_trained, plain_files
 from tests.training.processes import assert_refused_here, start, train, train_here, training
 from training import config as configs
 from training import corpora, runs
-from training.__main__ import _summary
+from training.commands.train import summary
 from training.config import BadConfig
 from training.history import History
 from training.trainer import Trainer, require_resumable
@@ -109,7 +109,7 @@ def test_a_run_ends_by_telling_its_final_and_its_best_step(text: Path) -> None:
     for step, loss in ((10, 1.5), (20, 2.0)):
         trainer.history.step = step
         trainer.history.remember(loss, loss, tokens=0, flops=0)
-    final, best, serve = _summary(trainer, run / "step-20").splitlines()
+    final, best, serve = summary(trainer, run / "step-20").splitlines()
     assert final == f"final  validation loss 2.0000 at step 20: {run}/step-20"
     assert best == f"best   validation loss 1.5000 at step 10: {run}/step-10"
     assert serve.endswith(f"CHECKPOINT={run}/step-10")
