@@ -35,7 +35,7 @@ from training import config as configs
 from training.config import TrainingConfig
 from training.optimizer import POLAR_EXPRESS, Optimizer, is_matrix
 from training.process import with_patient_malloc
-from training.trainer import fast_products
+from training.products import fast_products
 
 VOCABULARY = 65  # tiny Shakespeare's
 Seconds = dict[str, list[float]]

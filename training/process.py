@@ -1,11 +1,14 @@
-"""A training command as a process: its memory, its imports, what it says as it fails. Knows no command."""
+"""A training command as a process: its memory, its imports, its signals, what it says as it fails. Knows no command."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 # glibc returns large blocks to the kernel at once and zeroes them again at the next step; keeping them makes training a
 # fifth faster. The variables are read when a process starts, so training starts itself once more with them.
@@ -55,3 +58,21 @@ def speaks_of(error: Exception) -> bool:
         return False
     own = RankLost | NoRanks | OSError | MemoryError | RuntimeError
     return os.environ["LOCAL_RANK"] == "0" or isinstance(error, own)
+
+
+@contextmanager
+def stop_requested() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM comes. A second signal interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

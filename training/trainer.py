@@ -7,20 +7,14 @@ Letters: B batch, T context_length.
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model import checkpoint
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training import Refused, record, runs
@@ -35,8 +29,11 @@ from training.journal import Journal, StepFigures
 from training.objective import objective
 from training.optimizer import Optimizer, schedule
 from training.parallel import ALONE, Ranks
+from training.process import stop_requested
+from training.products import fast_products
 from training.progress import Progress
 from training.report.experts import chosen_by_class
+from training.resume import require_resumable, require_same_text
 from training.sample import from_a_new_line
 
 SAMPLE_LENGTH = 200
@@ -78,7 +75,7 @@ class Trainer:
         Raises NothingToResume, or BadConfig for another run.
         """
         folder, facts = require_resumable(config, run)
-        _require_same_text(corpus, facts, run)
+        require_same_text(corpus, facts, run)
         # Learnt anew, pairs might come out otherwise with another version of the library.
         trainer = cls(config, corpus, run, device, ranks, Tokenizer.load(folder))
         state = runs.read_state(folder)
@@ -106,7 +103,7 @@ class Trainer:
 
     def train(self) -> Path:
         """Train to the end, or to the end of the step in which SIGINT or SIGTERM came; return the last checkpoint."""
-        with _stop_requested() as stop, _Watchers(self) as watchers:
+        with stop_requested() as stop, _Watchers(self) as watchers:
             while True:
                 figures = self._timed_step()
                 watchers.step(figures)
@@ -207,39 +204,6 @@ class Trainer:
         }
 
 
-@contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
-    """Multiply by oneDNN on a CPU, which on AMD's is 2.3 times as fast as MKL, unless it would round the factors.
-
-    The mode that chooses oneDNN allows it bfloat16. Most processors have nothing to gain by that; one with units for
-    bfloat16 matrices (AMX) would be 1.3 times as fast, but two ranks would no longer give the loss of one.
-    """
-    if device.type == "cpu" and onednn_keeps_float32():
-        with _onednn():
-            yield
-    else:
-        yield
-
-
-@cache
-def onednn_keeps_float32() -> bool:
-    """Whether its quick mode multiplies float32 by float32 on this machine."""
-    fine = torch.full((256, 256), 1 + 2**-12)  # bfloat16 has 8 bits
-    with _onednn():
-        return bool((fine @ torch.eye(256) == fine).all())
-
-
-@contextmanager
-def _onednn() -> Iterator[None]:
-    products = cast(Any, torch.backends.mkldnn).matmul  # set when it is imported, so that no checker knows it
-    before = products.fp32_precision
-    products.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
-
-
 class _Watchers:
     """Who is told of the steps and evaluations of a run: a person and the run's folder, by the first rank alone."""
 
@@ -296,60 +260,3 @@ def _require_windows(name: str, shortest: int, config: TrainingConfig) -> None:
     length = config.model_config(vocab_size=1).context_length
     if shortest <= length:
         raise BadConfig(f"{name} has a part of {shortest:,} tokens; context_length {length} needs more in both")
-
-
-def require_resumable(config: TrainingConfig, run: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest whole checkpoint of a run and its training record. Needs no corpus. Raises as ``resume`` does."""
-    folder = runs.newest(run)
-    if not (folder / runs.RESUME).is_file():
-        raise runs.NothingToResume(
-            f"{folder} has no {runs.RESUME}: it is a copy for serving; move it, or name another run"
-        )
-    facts = checkpoint.read_record(folder)
-    record.require_trained(folder, facts)
-    if facts["steps"] != runs.step_of(folder):
-        raise BadConfig(f"{folder} holds step {facts['steps']}; give it back its name, or name another run")
-    _require_same(config, facts, run)
-    return folder, facts
-
-
-def _require_same(config: TrainingConfig, facts: dict[str, Any], run: Path) -> None:
-    """A resumed run may go on for longer and be looked at more often; anything else would be another run."""
-    may_change = {"steps", "evaluate_every"}
-    # An older run had the default of an option that came later; a shape may spell its defaults out or not.
-    try:
-        begun = TrainingConfig(**{**TrainingConfig().as_dict(), **facts["config"]})
-    except (TypeError, BadConfig) as error:
-        raise BadConfig(f"{run} was begun by another version of this program, begin another run: {error}") from None
-    changed = [name for name, value in config.as_dict().items() if getattr(begun, name) != value]
-    if begun.model_config(vocab_size=1) == config.model_config(vocab_size=1):
-        changed = [name for name in changed if name != "shape"]
-    if changed := [name for name in changed if name not in may_change]:
-        raise BadConfig(
-            f"{run} was begun with another {', '.join(changed)}; resume it with the same, or name another run"
-        )
-    if facts["steps"] >= config.steps:
-        raise BadConfig(f"{run} has its {facts['steps']} steps already; ask for more with --steps")
-
-
-def _require_same_text(corpus: Corpus, facts: dict[str, Any], run: Path) -> None:
-    if facts["corpus"]["sha256"] != corpus.digests:
-        raise BadConfig(f"{run} was begun with another text; resume it with the same, or name another run with --run")
-
-
-@contextmanager
-def _stop_requested() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM comes. A second signal interrupts at once."""
-    received: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -13,7 +13,7 @@ from model.transformer import Transformer
 from tests.checkpoints import tiny_model
 from training.config import TrainingConfig
 from training.optimizer import POLAR_EXPRESS, Muon, Optimizer, polar_factor, schedule
-from training.trainer import fast_products, onednn_keeps_float32
+from training.products import fast_products, onednn_keeps_float32
 
 
 def test_an_optimizer_that_is_restored_goes_on_where_its_model_is(device: torch.device) -> None:

@@ -19,7 +19,8 @@ from training import corpora, runs
 from training.commands.train import summary
 from training.config import BadConfig
 from training.history import History
-from training.trainer import Trainer, require_resumable
+from training.resume import require_resumable
+from training.trainer import Trainer
 
 TINY_RUN = ("train", "--preset", "tiny", "--data")
 

@@ -45,7 +45,8 @@ def command(arguments: argparse.Namespace) -> None:
     import_torch()
     from training import memory, runs
     from training.parallel import Ranks
-    from training.trainer import Trainer, require_resumable
+    from training.resume import require_resumable
+    from training.trainer import Trainer
 
     ranks = Ranks.from_environment()
     if config.batch_size % ranks.size:
