@@ -86,6 +86,11 @@ def save(folder: Path, files: Mapping[str, bytes], unlisted: Mapping[str, bytes]
         raise
 
 
+def fingerprint(files: Mapping[str, bytes]) -> str:
+    """That of the manifest which ``save`` would write."""
+    return hashlib.sha256(_manifest_bytes(files)).hexdigest()
+
+
 def verify(folder: Path) -> Manifest:
     """Check every listed file against its SHA-256. Raises CheckpointError."""
     folder = Path(folder)

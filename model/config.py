@@ -56,7 +56,8 @@ class ModelConfig:
                 continue
             value = getattr(self, field.name)
             kind = float if field.name in ("rope_theta", "rms_norm_eps") else int
-            _require(type(value) is kind, f"{field.name} is {value!r}; it must be a number of kind {kind.__name__}")
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            _require(fits, f"{field.name} is {value!r}; it must be a {'whole ' if kind is int else ''}number")
             # Written so that NaN is out of range as well.
             _require(0 < value <= MAX_SIZE, f"{field.name} is {value}; it must be above 0 and at most {MAX_SIZE:,}")
         for name in ("hidden_size", "expert_size", "head_dim"):

@@ -27,7 +27,7 @@ _PLAIN = str.maketrans(
         **dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u00b4\u02bc`", "'"),
         **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"'),
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"),
-        **dict.fromkeys("\u0085\u2028\u2029\u000b\u000c", "\n"),
+        **dict.fromkeys("\r\u0085\u2028\u2029\u000b\u000c", "\n"),
         "\t": " ",
         "\u2026": "...",
     }
@@ -167,19 +167,23 @@ class Tokenizer:
         return Speller(self.token_bytes)
 
     def fold(self, text: str) -> str:
-        """The nearest text that the vocabulary can spell: no accents, plain quotes, dashes and line ends, no others.
+        """The nearest text that the vocabulary can spell.
+
+        What it has stays. Of the others accents go, quotes, dashes and line ends become plain ones, and the rest goes.
 
         Bytes spell every text, so it stays as it is but for lone surrogates.
         """
         if self.is_of_bytes:
             return _SURROGATE.sub("", text)
-        plain = text.replace("\r\n", "\n").replace("\r", "\n").translate(_PLAIN)
-        return "".join(self._fold_character(character) for character in plain)
+        if "\r" not in self._characters:
+            text = text.replace("\r\n", "\n")  # one line end, not two
+        return "".join(map(self._fold_character, text))
 
     def _fold_character(self, character: str) -> str:
         if character in self._characters:
             return character
-        decomposed = unicodedata.normalize("NFKD", character).translate(_PLAIN)
+        # Plain before as well: some quotes decompose to a space and an accent.
+        decomposed = unicodedata.normalize("NFKD", character.translate(_PLAIN)).translate(_PLAIN)
         return "".join(part for part in decomposed if part in self._characters)
 
     def files(self) -> dict[str, bytes]:

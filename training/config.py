@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tomllib
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         self._require_kinds()
+        _require(type(self.shape) is dict, f"shape is {self.shape!r}; it must be a table")
+        _require_known(self.shape, SHAPE_FIELDS, "a shape")
         for name in ("steps", "batch_size", "evaluate_every"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in (f.name for f in fields(self) if isinstance(f.default, int | float)):
@@ -158,7 +161,7 @@ class TrainingConfig:
     def model_config(self, vocab_size: int) -> ModelConfig:
         try:
             return ModelConfig(vocab_size=vocab_size, **self.shape)
-        except (UnsupportedConfig, TypeError) as error:
+        except UnsupportedConfig as error:
             raise BadConfig(str(error)) from None
 
     def as_dict(self) -> dict[str, Any]:
@@ -182,10 +185,8 @@ def from_preset(name: str, overrides: dict[str, Any]) -> TrainingConfig:
 
 
 def from_dict(values: dict[str, Any]) -> TrainingConfig:
-    try:
-        return TrainingConfig(**values)
-    except TypeError as error:
-        raise BadConfig(f"the preset has an unknown value: {error}") from None
+    _require_known(values, [f.name for f in fields(TrainingConfig)], "a preset")
+    return TrainingConfig(**values)
 
 
 def replaced(config: TrainingConfig, overrides: dict[str, Any]) -> TrainingConfig:
@@ -222,6 +223,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def flag_values(arguments: argparse.Namespace) -> dict[str, Any]:
     known = {f.name for f in fields(TrainingConfig)} | set(SHAPE_FIELDS)
     return {name: value for name, value in vars(arguments).items() if name in known}
+
+
+def _require_known(values: Iterable[str], known: Sequence[str], of: str) -> None:
+    if unknown := [name for name in values if name not in known]:
+        raise BadConfig(f"{of} has no {', '.join(unknown)}; it has {', '.join(known)}")
 
 
 def _require(condition: bool, message: str) -> None:

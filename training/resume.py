@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from model import checkpoint
+from training import config as configs
 from training import record, runs
 from training.config import BadConfig, TrainingConfig
 from training.corpora import Corpus
@@ -34,8 +35,8 @@ def _require_same(config: TrainingConfig, facts: dict[str, Any], run: Path) -> N
     may_change = {"steps", "evaluate_every"}
     # An older run had the default of an option that came later; a shape may spell its defaults out or not.
     try:
-        begun = TrainingConfig(**{**TrainingConfig().as_dict(), **facts["config"]})
-    except (TypeError, BadConfig) as error:
+        begun = configs.from_dict({**TrainingConfig().as_dict(), **facts["config"]})
+    except BadConfig as error:
         raise BadConfig(f"{run} was begun by another version of this program, begin another run: {error}") from None
     changed = [name for name, value in config.as_dict().items() if getattr(begun, name) != value]
     if begun.model_config(vocab_size=1) == config.model_config(vocab_size=1):

@@ -21,7 +21,7 @@ from model import checkpoint
 from training import Refused
 
 KEPT = 2
-RESUME = "resume.safetensors"
+RESUME, REPORT = "resume.safetensors", "report.json"
 """float32 weights and the optimizer's state; the rounded weights beside it could not continue a run bit by bit."""
 
 _NAME = re.compile(r"step-(0|[1-9]\d*)", re.ASCII)
@@ -153,8 +153,12 @@ def export(source: Path, target: Path) -> None:
     """Copy what serving reads, and the model card with its pictures, into a new folder. Raises CheckpointError."""
     manifest = checkpoint.load(source).manifest  # whole is not enough: what cannot be loaded is not worth copying
     served = {name: (source / name).read_bytes() for name in manifest.files if name != RESUME}
-    report = [source / "README.md", source / "report.json", *source.glob("*.png"), *source.glob("*.gif")]
-    checkpoint.save(target, served, unlisted={path.name: path.read_bytes() for path in report if path.is_file()})
+    beside = [source / "README.md", source / REPORT, *source.glob("*.png"), *source.glob("*.gif")]
+    unlisted = {path.name: path.read_bytes() for path in beside if path.is_file()}
+    if REPORT in unlisted:  # it names the manifest that it lies beside, and that one lists what a resume needs
+        here, there = manifest.fingerprint, checkpoint.fingerprint(served)
+        unlisted[REPORT] = unlisted[REPORT].replace(here.encode(), there.encode(), 1)
+    checkpoint.save(target, served, unlisted)
 
 
 def _whole(run: Path) -> list[Path]:

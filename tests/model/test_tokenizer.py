@@ -55,6 +55,11 @@ def test_folding_gives_the_nearest_text_that_can_be_spelled(foreign: str, folded
     assert TOKENIZER.fold(foreign) == folded
 
 
+@given(st.text("\u2019\u2014\t\u2026b\u201c\u00e9e\r\n \u00a0\ufb01"))
+def test_what_the_vocabulary_has_is_not_folded(text: str) -> None:
+    assert Tokenizer.of_characters(text + "a").fold(text) == text
+
+
 @given(st.text())
 def test_folded_text_can_always_be_spelled(text: str) -> None:
     folded = TOKENIZER.fold(text)

@@ -140,6 +140,23 @@ def test_a_presets_value_that_cannot_be_is_refused_by_name(name: str, value: obj
         configs.from_dict({name: value})
 
 
+def test_what_a_preset_or_its_shape_does_not_have_is_named() -> None:
+    for values, message in (
+        ({"step": 3}, "^a preset has no step; it has corpus, "),
+        ({"shape": {"layers": 3, "num_heads": 4}}, "^a shape has no layers; it has hidden_size, "),
+        ({"shape": 3}, "^shape is 3; it must be a table$"),
+        ({"shape": {"num_layers": 2.0}}, "^num_layers is 2.0; it must be a whole number$"),
+        ({"shape": {"rope_theta": "high"}}, "^rope_theta is 'high'; it must be a number$"),
+    ):
+        with pytest.raises(BadConfig, match=message):
+            configs.from_dict(values)
+
+
+def test_a_preset_may_leave_the_fraction_of_a_number_out() -> None:
+    values = {"dropout": 0, "shape": {"rope_theta": 10_000}}
+    assert configs.from_dict(values).model_config(65) == configs.from_dict({}).model_config(65)
+
+
 @pytest.mark.parametrize("content", [b"steps = ", b"\xff\xfe"])
 def test_a_preset_that_is_no_toml_is_refused_by_its_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes

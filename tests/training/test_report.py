@@ -349,4 +349,8 @@ def test_a_report_stands_beside_its_checkpoint_and_keeps_what_is_no_longer_at_ha
     assert json.loads((folder / "report.json").read_text()) == figures
     assert said("export", folder, "out", cwd=tmp_path)[0] == 0
     assert shown <= {path.name for path in (tmp_path / "out").iterdir()}
+    exported = checkpoint.load(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["fingerprint"] == exported.manifest.fingerprint
+    again = write(exported, own, tmp_path / "out", windows=4, run=None, control=None)
+    assert again | {"fingerprint": ""} == figures | {"fingerprint": ""}, "what it had of a run and a control is kept"
     assert_refused_here("trained on another text", "report", "--checkpoint", folder, "--data", __file__, cwd=tmp_path)
