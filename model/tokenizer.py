@@ -22,11 +22,12 @@ PROBE = "a  b\n c"
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
+# The likeliest comes first, for a vocabulary that has it and not the plain one.
 _PLAIN = str.maketrans(
     {
-        **dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u00b4\u02bc`", "'"),
+        **dict.fromkeys("\u2019\u2018\u201a\u201b\u2032\u00b4\u02bc`", "'"),
         **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"'),
-        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"),
+        **dict.fromkeys("\u2010\u2011\u2013\u2012\u2014\u2015\u2212", "-"),
         **dict.fromkeys("\r\u0085\u2028\u2029\u000b\u000c", "\n"),
         "\t": " ",
         "\u2026": "...",
@@ -98,7 +99,7 @@ class Tokenizer:
             raise ValueError("two of its tokens are shown alike")
         if getattr(inner.model, "dropout", None):
             raise ValueError("it joins its pairs by chance")
-        self._characters = frozenset("".join(spellings))
+        self._characters = frozenset(each for each in spellings if len(each) == 1)
         if self.is_of_bytes and self.decode(self.encode(PROBE)) != PROBE:
             raise ValueError("it adds to the text or drops of it before it spells it")
 
@@ -169,7 +170,8 @@ class Tokenizer:
     def fold(self, text: str) -> str:
         """The nearest text that the vocabulary can spell.
 
-        What it has stays. Of the others accents go, quotes, dashes and line ends become plain ones, and the rest goes.
+        What it has stays. Of the others accents go, quotes, dashes and line ends become plain ones, or likely
+        ones where it has no plain ones, and the rest goes.
 
         Bytes spell every text, so it stays as it is but for lone surrogates.
         """
@@ -182,9 +184,12 @@ class Tokenizer:
     def _fold_character(self, character: str) -> str:
         if character in self._characters:
             return character
-        # Plain before as well: some quotes decompose to a space and an accent.
-        decomposed = unicodedata.normalize("NFKD", character.translate(_PLAIN)).translate(_PLAIN)
-        return "".join(part for part in decomposed if part in self._characters)
+        # In this order: the acute accent that stands for a quote would decompose to a space.
+        for nearest in (character.translate(_PLAIN), unicodedata.normalize("NFKD", character)):
+            if nearest != character and (folded := "".join(map(self._fold_character, nearest))):
+                return folded
+        likewise = (chr(fancy) for fancy, plain in _PLAIN.items() if plain == character)
+        return next((each for each in likewise if each in self._characters), "")
 
     def files(self) -> dict[str, bytes]:
         """The files with which our own loader and ``AutoTokenizer`` read this tokenizer back."""

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m training", description="Train and examine Moescope's models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (train, evaluate, sample, report, export):
-        command = commands.add_parser(module.__name__.rpartition(".")[2], help=module.__doc__)
+        command = commands.add_parser(module.__name__.rpartition(".")[2], help=module.HELP)
         module.add_arguments(command)
         command.set_defaults(command=module.command)
     return parser

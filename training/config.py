@@ -227,7 +227,7 @@ def flag_values(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _require_known(values: Iterable[str], known: Sequence[str], of: str) -> None:
     if unknown := [name for name in values if name not in known]:
-        raise BadConfig(f"{of} has no {', '.join(unknown)}; it has {', '.join(known)}")
+        raise BadConfig(f"{of} has no {', '.join(unknown)}; train --help tells what there is")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -21,8 +21,11 @@ from model import checkpoint
 from training import Refused
 
 KEPT = 2
-RESUME, REPORT = "resume.safetensors", "report.json"
+RESUME = "resume.safetensors"
 """float32 weights and the optimizer's state; the rounded weights beside it could not continue a run bit by bit."""
+
+REPORT = "report.json"
+"""What a report found; it names the fingerprint of the folder that it lies in."""
 
 _NAME = re.compile(r"step-(0|[1-9]\d*)", re.ASCII)
 _HALF_WRITTEN = re.compile(r"\.step-\d+\..+")
@@ -150,12 +153,15 @@ def require_writable(run: Path) -> None:
 
 
 def export(source: Path, target: Path) -> None:
-    """Copy what serving reads, and the model card with its pictures, into a new folder. Raises CheckpointError."""
+    """Copy what serving reads, and the model card and the report with its pictures, into a new folder.
+
+    Raises CheckpointError, and FileExistsError when the folder exists.
+    """
     manifest = checkpoint.load(source).manifest  # whole is not enough: what cannot be loaded is not worth copying
     served = {name: (source / name).read_bytes() for name in manifest.files if name != RESUME}
     beside = [source / "README.md", source / REPORT, *source.glob("*.png"), *source.glob("*.gif")]
     unlisted = {path.name: path.read_bytes() for path in beside if path.is_file()}
-    if REPORT in unlisted:  # it names the manifest that it lies beside, and that one lists what a resume needs
+    if REPORT in unlisted:
         here, there = manifest.fingerprint, checkpoint.fingerprint(served)
         unlisted[REPORT] = unlisted[REPORT].replace(here.encode(), there.encode(), 1)
     checkpoint.save(target, served, unlisted)

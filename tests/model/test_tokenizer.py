@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -48,6 +48,7 @@ def test_unknown_characters_are_named_with_their_positions() -> None:
         ("\u201cHi\u201d \u2014 it\u2019s", "Hi - it's"),
         ("a\r\nb\rc", "a\nb\nc"),
         ("\ufb01nd\u2026", "find..."),
+        ("\u00b4Tis \ufe58 \u2033", "'Tis - ''"),
         ("\u4f60a1", "a"),
     ],
 )
@@ -55,6 +56,27 @@ def test_folding_gives_the_nearest_text_that_can_be_spelled(foreign: str, folded
     assert TOKENIZER.fold(foreign) == folded
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "foreign", "folded"),
+    [
+        ("its \u2018\u2019", "it's", "it\u2019s"),
+        ("a\u2014", "a\ufe58-", "a\u2014\u2014"),
+        ("a\u2032", "a\u2033a", "a\u2032\u2032a"),
+        ("a\r\n", "a\u2028\u00a0", "a\n"),
+        ("ab", "a'-\r\nb", "ab"),
+    ],
+)
+def test_what_is_plain_is_what_the_vocabulary_has(vocabulary: str, foreign: str, folded: str) -> None:
+    assert Tokenizer.of_characters(vocabulary).fold(foreign) == folded
+
+
+def test_of_tokens_of_several_characters_only_single_ones_are_known_to_be_spelled() -> None:
+    inner = tokenizers.Tokenizer(models.WordLevel({"ab": 0, "bc": 1, "c": 2}, unk_token="c"))
+    with pytest.raises(UnknownCharacters, match=r"U\+0061 at 1$"):
+        Tokenizer(inner).encode("ca")
+
+
+@example("\r\n")
 @given(st.text("\u2019\u2014\t\u2026b\u201c\u00e9e\r\n \u00a0\ufb01"))
 def test_what_the_vocabulary_has_is_not_folded(text: str) -> None:
     assert Tokenizer.of_characters(text + "a").fold(text) == text

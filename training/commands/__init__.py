@@ -1,1 +1,1 @@
-"""What ``python -m training`` can be asked for, a file for each command. None imports torch before it must."""
+"""What ``python -m training`` can be asked for, a file for each command: its flags, its refusals, what it prints."""

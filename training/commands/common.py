@@ -23,7 +23,7 @@ def corpus_of(data: Path | None, name: str, of_items: bool) -> Corpus:
     return corpora.items_from_file(data) if of_items else corpora.from_file(data)
 
 
-def of_items(loaded: Checkpoint) -> bool:
+def trained_on_items(loaded: Checkpoint) -> bool:
     """Whether a file was split by items for it; split otherwise, what it trained on would be scored."""
     config = loaded.training.get("config")
     return isinstance(config, dict) and bool(config.get("items"))

@@ -1,4 +1,4 @@
-"""Loss over exact windows, loss while streaming, load of the experts."""
+"""The command that scores a checkpoint and prints it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.tokenizer import UnknownCharacters
-from training.commands.common import add_checkpoint, corpus_of, device_of, of_items, require_one_text
+from training.commands.common import add_checkpoint, corpus_of, device_of, require_one_text, trained_on_items
 from training.process import import_torch
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from model.tokenizer import Tokenizer
     from training.corpora import Corpus
+
+HELP = "loss over exact windows, loss while streaming, load of the experts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +36,7 @@ def command(arguments: argparse.Namespace) -> None:
     from training.record import require_text_of
 
     loaded = checkpoint.load(arguments.checkpoint, device_of(arguments.device))
-    corpus = corpus_of(arguments.data, arguments.corpus or loaded.training["corpus"]["name"], of_items(loaded))
+    corpus = corpus_of(arguments.data, arguments.corpus or loaded.training["corpus"]["name"], trained_on_items(loaded))
     if not (arguments.data or arguments.corpus):  # a file may be called as a corpus is
         require_text_of(loaded, corpus)
     ids = torch.tensor(loaded.tokenizer.encode(corpus.validation), device=loaded.model.device)

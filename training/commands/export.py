@@ -1,4 +1,4 @@
-"""Copy what serving needs of a run's checkpoint into a new folder."""
+"""The command that copies a run's checkpoint out of it, for us and for llama.cpp."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from training import config as configs
 from training.process import import_torch
+
+HELP = "copy what serving needs of a run's checkpoint into a new folder"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

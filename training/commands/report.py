@@ -1,4 +1,4 @@
-"""Write a checkpoint's evidence: model card, pictures, report.json."""
+"""The command that writes a checkpoint's evidence."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 
 from training import config as configs
-from training.commands.common import add_checkpoint, corpus_of, device_of, of_items, require_one_text
+from training.commands.common import add_checkpoint, corpus_of, device_of, require_one_text, trained_on_items
 from training.process import import_torch
+
+HELP = "write a checkpoint's evidence: model card, pictures, report.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,7 @@ def command(arguments: argparse.Namespace) -> None:
     from training.report.write import write
 
     loaded = checkpoint.load(arguments.checkpoint, device_of(arguments.device))
-    corpus = corpus_of(arguments.data, arguments.corpus or loaded.training["corpus"]["name"], of_items(loaded))
+    corpus = corpus_of(arguments.data, arguments.corpus or loaded.training["corpus"]["name"], trained_on_items(loaded))
     output = arguments.output or arguments.checkpoint
     write(loaded, corpus, output, windows=arguments.windows, run=arguments.run, control=arguments.control)
     print(f"read it:  {output / 'README.md'}")

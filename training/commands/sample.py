@@ -1,4 +1,4 @@
-"""Print text, or write new items."""
+"""The command that prints text, or new items of a model that was trained on a list of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training import config as configs
-from training.commands.common import add_checkpoint, corpus_of, device_of, of_items
+from training.commands.common import add_checkpoint, corpus_of, device_of, trained_on_items
 from training.process import import_torch
 
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
+
+HELP = "print text, or new items"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +64,7 @@ def _sample_items(arguments: argparse.Namespace, loaded: Checkpoint) -> None:
     from training.record import require_text_of
     from training.sample import items
 
-    if not of_items(loaded):
+    if not trained_on_items(loaded):
         raise configs.BadConfig(f"{arguments.checkpoint} was not trained on items; leave --items out")
     corpus = corpus_of(arguments.data, "", of_items=True)
     require_text_of(loaded, corpus)

@@ -1,4 +1,4 @@
-"""A preset and flags in, checkpoint folders out."""
+"""The command that trains: whether it may, then the trainer, then how it ended."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from training.trainer import Trainer
 
 RUNS = Path("runs")
+
+HELP = "a preset and flags in, checkpoint folders out"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ from training.report.card import card
 from training.report.overlap import longest_overlap
 from training.sample import from_a_new_line
 
-FILE, CARD = "report.json", "README.md"
+CARD = "README.md"
 PICTURES = ("loss.png", "load.png", "classes.png", "causal-map.png", "specialisation.gif")
 SAMPLES, SAMPLE_LENGTH = 4, 500
 
@@ -44,7 +44,7 @@ def write(
     require_trained(loaded.manifest.folder, facts)
     require_text_of(loaded, corpus)
     is_its_own = output.resolve() == loaded.manifest.folder.resolve()
-    if not is_its_own and (output / CARD).exists() and not (output / FILE).exists():
+    if not is_its_own and (output / CARD).exists() and not (output / runs.REPORT).exists():
         raise BadConfig(f"{output / CARD} is no report's, and would be lost; name another --output")
     runs.require_writable(output)
     earlier = _earlier(output, loaded)
@@ -68,7 +68,7 @@ def write(
         else:  # of an earlier report
             (output / name).unlink(missing_ok=True)
     _replace(output / CARD, card(loaded.manifest.name, loaded.config, facts, report).encode())
-    _replace(output / FILE, (json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    _replace(output / runs.REPORT, (json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n").encode())
     return report
 
 
@@ -81,7 +81,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _earlier(output: Path, loaded: Checkpoint) -> dict[str, Any]:
     """An earlier report of the same weights: a control and a run are not at hand for ever, their figures are."""
-    path = output / FILE
+    path = output / runs.REPORT
     try:
         found = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
