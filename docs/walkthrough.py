@@ -55,10 +55,10 @@ from training.chance import chance_in, noise_weights
 
 # %%
 from training.config import TrainingConfig
-from training.evaluate import evaluate
+from training.evaluate import evaluate, spread_windows
 from training.initialise import initialise
 from training.objective import objective
-from training.report.experts import causal_map, count_choices, favourites, spread_windows, window_losses
+from training.report.experts import causal_map, count_choices, favourites, window_losses
 from training.sample import stream
 from training.trainer import Trainer
 

@@ -88,11 +88,14 @@ class Router(nn.Module):
         if noise is not None:
             group_logits = group_logits + noise.added[:, logits.shape[-1] :]
         share = self.experts_per_token // self.groups_per_token
-        inside = logits.unflatten(-1, (self.num_groups, -1)).log_softmax(dim=-1)  # (N, G, S)
+        inside = logits.unflatten(-1, (self.num_groups, -1))  # (N, G, S)
         if disabled is not None:
             gone = disabled.unflatten(-1, (self.num_groups, -1))
-            group_logits = group_logits.masked_fill((~gone).sum(dim=-1) < share, -torch.inf)
-            inside = inside.masked_fill(gone, -torch.inf)
+            passed_over = (~gone).sum(dim=-1) < share
+            group_logits = group_logits.masked_fill(passed_over, -torch.inf)
+            # Of a group that is passed over all may be gone, and a softmax over none is not a number.
+            inside = inside.masked_fill(gone & ~passed_over.unsqueeze(-1), -torch.inf)
+        inside = inside.log_softmax(dim=-1)
         groups = group_logits.topk(self.groups_per_token, dim=-1)  # (N, J)
         size = inside.shape[-1]
         offered = inside.gather(1, groups.indices.unsqueeze(-1).expand(-1, -1, size))  # (N, J, S)

@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -20,6 +20,10 @@ LONGEST_PIECE = 1024
 PROBE = "a  b\n c"
 """Has what a rule for words may take away or put in."""
 
+PIECE = 2**18
+"""Characters of a text that are spelled at once, and some more to the next place where it can be cut."""
+
+_LINE_END = re.compile(r"(?<=\w)\n")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 # The likeliest comes first, for a vocabulary that has it and not the plain one.
@@ -94,6 +98,14 @@ class Tokenizer:
             raise ValueError("it does not have all 256 bytes")
         self.token_bytes = [_bytes_of(each) if self.is_of_bytes else each.encode() for each in spellings]
         self.tokens = [_shown(each) for each in self.token_bytes]
+        self._id_of_byte = {each[0]: index for index, each in enumerate(self.token_bytes) if len(each) == 1}
+        words = inner.pre_tokenizer
+        self._may_be_cut = (
+            isinstance(words, pre_tokenizers.ByteLevel)
+            and words.use_regex  # GPT-2's words
+            and not words.add_prefix_space
+            and not inner.get_added_tokens_decoder()  # which go before all words
+        )
         self._id_of = {token: index for index, token in enumerate(self.tokens)}
         if len(self._id_of) != len(self.tokens):
             raise ValueError("two of its tokens are shown alike")
@@ -130,7 +142,7 @@ class Tokenizer:
         words = inner.pre_tokenizer
         inner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_PIECE)])
         inner.train_from_iterator(
-            [text],
+            _pieces(text),
             trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=BYTE_LETTERS, show_progress=False),
         )
         inner.pre_tokenizer = words  # the merges are for whole words
@@ -149,7 +161,7 @@ class Tokenizer:
         if self.is_of_bytes:
             if surrogates := [(found.start(), found[0]) for found in _SURROGATE.finditer(text)]:
                 raise UnknownCharacters(surrogates)
-            return list(self._inner.encode(text, add_special_tokens=False).ids)
+            return self._encode_bytes(text)
         unknown = [
             (position, character) for position, character in enumerate(text) if character not in self._characters
         ]
@@ -158,6 +170,13 @@ class Tokenizer:
         if len(self._characters) == len(self.tokens):  # one character a token: a table is ten times faster
             return [self._id_of[character] for character in text]
         return list(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def _encode_bytes(self, text: str) -> list[int]:
+        """The library keeps some 280 bytes of notes for each of a text, so it never sees much of one at once."""
+        if len(self.tokens) == 256:  # no pairs, so a table does
+            return [self._id_of_byte[byte] for byte in text.encode()]
+        pieces = _pieces(text) if self._may_be_cut else [text]
+        return [each for piece in pieces for each in self._inner.encode(piece, add_special_tokens=False).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Their text; U+FFFD where bytes make no character."""
@@ -199,6 +218,15 @@ class Tokenizer:
             FILE: self._inner.to_str(pretty=True).encode(),
             "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
         }
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text cut at line ends behind a letter, digit or underscore: GPT-2's words end there whatever is around them."""
+    start = 0
+    while len(text) - start > PIECE and (found := _LINE_END.search(text, start + PIECE)):
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:]
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

@@ -123,6 +123,14 @@ class TrainingConfig:
             value = getattr(self, name)
             _require(value <= MOST_DROPOUT, f"{name} is {value}; it must be below 1, and at most {MOST_DROPOUT:.6f}")
         _require(self.jitter < 1, f"jitter is {self.jitter}; it must be below 1")
+        _require(
+            any((self.matrix_learning_rate, self.embedding_learning_rate, self.head_learning_rate)),
+            "all learning rates are 0, so nothing would be learnt",
+        )
+        decay = self.matrix_learning_rate * self.weight_decay
+        _require(
+            decay < 1, f"matrix_learning_rate times weight_decay is {decay:g}; from 1 on a step turns weights round"
+        )
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, f"{name} is {value!r}; it must be one of {', '.join(choices)}")
@@ -200,6 +208,10 @@ def require_used(config: TrainingConfig, flags: dict[str, Any]) -> None:
     for flag, name, needed in (("jitter", "router_noise", "jitter"), ("bpe_vocab_size", "tokenizer", "bpe")):
         if flag in flags and (chosen := getattr(config, name)) != needed:
             raise BadConfig(f"{flag} is {flags[flag]}, but {name} is {chosen}; make that {needed}, or leave {flag} out")
+    if "warmup_steps" in flags and config.warmup_steps > config.steps:
+        raise BadConfig(
+            f"warmup_steps is {config.warmup_steps}, but steps is {config.steps}; the rates would never peak"
+        )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

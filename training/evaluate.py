@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.routing import expert_counts, load_entropy_ratio, max_load_ratio
 from model.transformer import Transformer
 from training import Refused
 from training.sample import read
 
-WINDOWS_AT_ONCE = 24
+TOKENS_AT_ONCE, LOGITS_AT_ONCE = 24 * 256, 2**26
+"""What is scored at once: as little as keeps a look within some hundred MB, whatever the window and vocabulary are."""
 
 
 class TooShort(Refused):
@@ -53,25 +55,36 @@ class Evaluation:
         return int((self.counts == 0).sum())
 
 
+def windows_at_once(config: ModelConfig) -> int:
+    return max(1, min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // config.vocab_size) // config.context_length)
+
+
+def spread_windows(ids: Tensor, length: int, most: int) -> tuple[Tensor, Tensor]:
+    """At most ``most`` exact windows, spread evenly over a text: inputs and targets (W, T). Raises TooShort."""
+    available = (len(ids) - 1) // length
+    if available < 1:
+        raise TooShort(f"the validation text has {len(ids)} tokens; at least {length + 1} are needed")
+    chosen = torch.linspace(0, available - 1, min(most, available), dtype=torch.float64, device=ids.device)
+    rows = chosen.round().long()[:, None] * length + torch.arange(length + 1, device=ids.device)
+    return ids[rows[:, :-1]], ids[rows[:, 1:]]
+
+
 @torch.inference_mode()
-def evaluate(model: Transformer, ids: Tensor) -> Evaluation:
+def evaluate(model: Transformer, ids: Tensor, most_tokens: int | None = None) -> Evaluation:
     """Cut ids into exact windows of context_length inputs, each with the next token as target, and score them.
 
-    Raises TooShort.
+    With most_tokens as many windows as have no more, at least one, spread evenly. Raises TooShort.
     """
-    length = model.config.context_length
-    num_windows = (len(ids) - 1) // length
-    if num_windows < 1:
-        raise TooShort(f"the validation text has {len(ids)} tokens; at least {length + 1} are needed")
-    inputs = ids[: num_windows * length].view(num_windows, length)
-    targets = ids[1 : num_windows * length + 1].view(num_windows, length)
     config = model.config
+    most_windows = max(1, (len(ids) if most_tokens is None else most_tokens) // config.context_length)
+    inputs, targets = spread_windows(ids, config.context_length, most_windows)
     total, counts = 0.0, torch.zeros(config.num_layers, config.num_experts, dtype=torch.int64, device=ids.device)
-    for x, y in zip(inputs.split(WINDOWS_AT_ONCE), targets.split(WINDOWS_AT_ONCE), strict=True):
+    at_once = windows_at_once(config)
+    for x, y in zip(inputs.split(at_once), targets.split(at_once), strict=True):
         logits, routings = model(x)
         total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
         counts += expert_counts(routings, config.num_experts)
-    return Evaluation(total / targets.numel(), num_windows, counts)
+    return Evaluation(total / targets.numel(), len(inputs), counts)
 
 
 @torch.inference_mode()

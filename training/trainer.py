@@ -37,6 +37,8 @@ from training.resume import require_resumable, require_same_text
 from training.sample import from_a_new_line
 
 SAMPLE_LENGTH = 200
+LOOKED_AT = 2**18
+"""Tokens of the validation text that a look scores at the most: a stop has to wait for one."""
 
 
 class Trainer:
@@ -107,11 +109,15 @@ class Trainer:
             while True:
                 figures = self._timed_step()
                 watchers.step(figures)
-                is_last = self.history.step >= self.config.steps or self.ranks.any(bool(stop), self.model.device)
+                is_last = self.history.step >= self.config.steps or self._is_asked_to_stop(stop)
                 if is_last or self.history.step % self.config.evaluate_every == 0:
                     folder = self.evaluate_and_save(figures, watchers)
-                if is_last:
-                    return folder
+                    if is_last or self._is_asked_to_stop(stop):  # the look takes long enough to be asked in
+                        return folder
+
+    def _is_asked_to_stop(self, received: list[int]) -> bool:
+        """Whether any rank is; all of them ask at once."""
+        return self.ranks.any(bool(received), self.model.device)
 
     def _timed_step(self) -> StepFigures:
         started = time.monotonic()
@@ -155,7 +161,7 @@ class Trainer:
         The first rank does it all; the others wait to hear whether the run goes on.
         """
         rounded = record.as_served(self.model) if self.ranks.is_first else None
-        result = evaluate(rounded, self.validation_ids) if rounded else None
+        result = evaluate(rounded, self.validation_ids, LOOKED_AT) if rounded else None
         _require_finite(self.ranks.from_first(result.loss if result else 0.0, self.model.device), self.history.step)
         if rounded is None or result is None:
             return runs.step_folder(self.run, self.history.step)

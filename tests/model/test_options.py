@@ -118,11 +118,14 @@ def test_one_expert_per_token_teaches_the_router_only_with_gates_over_all() -> N
             torch.testing.assert_close(routing.expert_weights[:, 0], routing.logits.softmax(-1).amax(-1))
 
 
+@pytest.mark.parametrize("left", [0, 1])
 @pytest.mark.parametrize("gates_over", ["chosen", "all"])
-def test_a_group_with_too_few_experts_left_is_passed_over_and_others_are_as_they_were(gates_over: str) -> None:
+def test_a_group_with_too_few_experts_left_is_passed_over_and_others_are_as_they_were(
+    gates_over: str, left: int
+) -> None:
     router = hierarchy(gates_over=gates_over)
     disabled = torch.zeros(1, 12, dtype=torch.bool)
-    disabled[0, [0, 1, 2, 4]] = True  # one of the first group is left, too few; three of the second
+    disabled[0, [*range(4 - left), 4]] = True  # of the first group too few are left; three of the second
     routing = router(tokens(), disabled)
     assert set(routing.expert_ids.flatten().tolist()) == {5, 6, 7, 8, 9, 10, 11}
     assert routing.expert_weights.isfinite().all()
@@ -131,6 +134,18 @@ def test_a_group_with_too_few_experts_left_is_passed_over_and_others_are_as_they
     assert torch.equal(everybody.expert_weights, router(tokens()).expert_weights)
     per_token = torch.cat([disabled, torch.zeros(49, 12, dtype=torch.bool)])
     assert torch.equal(router(tokens(), per_token).expert_ids[1:], everybody.expert_ids[1:])
+
+
+def test_a_silenced_expert_leaves_its_share_to_its_group_and_the_groups_theirs() -> None:
+    router = hierarchy(gates_over="all")
+    disabled = torch.zeros(1, 12, dtype=torch.bool)
+    disabled[0, 0] = True
+    routing, x = router(tokens(), disabled), tokens()
+    groups = (x @ router.group_weight.T).softmax(-1)
+    experts = (x @ router.weight.T).masked_fill(disabled, -torch.inf).unflatten(-1, (3, 4)).softmax(-1)
+    product = (groups[..., None] * experts).flatten(1)
+    torch.testing.assert_close(routing.logits.softmax(-1), product)
+    torch.testing.assert_close(routing.expert_weights, product.gather(-1, routing.expert_ids))
 
 
 def test_what_may_be_disabled_leaves_enough_groups_that_can_give_their_share() -> None:

@@ -191,6 +191,23 @@ def test_long_lines_without_spaces_are_learnt_in_pieces_and_ordinary_text_as_it_
     assert Tokenizer.of_bpe(text, 600).files()["tokenizer.json"] == plain.to_str(pretty=True).encode()
 
 
+def test_a_long_text_is_spelled_in_pieces_and_as_the_library_does_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(TEXTS) * 20 + (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
+    for tokenizer in (Tokenizer.of_bytes(), Tokenizer.of_bpe(text, 600)):
+        whole = tokenizers.Tokenizer.from_str(tokenizer.files()[FILE].decode()).encode(text).ids
+        for piece in (1, 50, 1000):
+            monkeypatch.setattr("model.tokenizer.PIECE", piece)
+            assert tokenizer.encode(text) == whole
+            assert tokenizer.encode("") == []
+    # Of other rules for words nobody knows where they may be cut: this one takes a line end to the word before it.
+    other = tokenizers.Tokenizer.from_str(Tokenizer.of_bpe("end.\nend.\n" * 9, 300).files()[FILE].decode())
+    words = pre_tokenizers.Split(tokenizers.Regex(r"\w+\n?|\W"), behavior="isolated")
+    other.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=BYTE_LETTERS, show_progress=False)
+    other.train_from_iterator(["end\n" * 9], trainer)
+    assert Tokenizer(other).encode("end\nend") == other.encode("end\nend").ids
+
+
 def test_a_vocabulary_without_all_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="256"):
         Tokenizer.of_bpe("ab", 255)

@@ -35,6 +35,12 @@ from training.trainer import Trainer
         (["train", "--preset", "tiny", "--activation", "tanh"], "activation is 'tanh'"),
         (["train", "--preset", "tiny", "--load-weight", "0.1"], "router_noise gaussian"),
         (["train", "--preset", "tiny", "--jitter", "0.1"], "make that jitter, or leave jitter out"),
+        (["train", "--preset", "tiny", "--weight-decay", "75"], "matrix_learning_rate times weight_decay is 1.5"),
+        (
+            ["train", "--preset", "tiny", *(f"--{of}-learning-rate=0" for of in ("matrix", "embedding", "head"))],
+            "all learning rates are 0",
+        ),
+        (["train", "--preset", "tiny", "--warmup-steps", "21"], "warmup_steps is 21, but steps is 20"),
         (["train", "--preset", "tiny", "--bpe-vocab-size", "300"], "make that bpe, or leave bpe_vocab_size out"),
         (["evaluate", "--corpus", "tinyshakespeare", "--data", "verse.txt"], "leave one of them out"),
         (["report", "--corpus", "tinyshakespeare", "--data", "verse.txt"], "leave one of them out"),

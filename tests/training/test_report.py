@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -21,6 +22,8 @@ from training import config as configs
 from training import corpora, runs
 from training.config import BadConfig
 from training.corpora import Corpus
+from training.evaluate import spread_windows
+from training.record import training_section
 from training.report import experts, pictures
 from training.report.card import card, reading
 from training.report.overlap import longest_overlap
@@ -87,7 +90,7 @@ def test_choices_are_counted_under_the_token_that_was_fed() -> None:
 
 
 def test_windows_are_exact_and_reach_from_the_first_to_the_last() -> None:
-    inputs, targets = experts.spread_windows(torch.arange(101), length=10, most=3)
+    inputs, targets = spread_windows(torch.arange(101), length=10, most=3)
     assert inputs[:, 0].tolist() == [0, 40, 90]
     assert torch.equal(targets, inputs + 1)
 
@@ -119,6 +122,8 @@ def test_the_reading_names_the_dearest_and_the_cheapest_expert() -> None:
     assert "expert 1 of layer 0 costs most, +0.5000" in sentence
     assert "expert 1 of layer 1 costs least, -0.0010" in sentence
     assert "for 2 of 4" in sentence
+    of_one_window = {"cost": [[0.5, 0.5]], "standard_error": [[None, None]]}
+    assert reading(of_one_window).endswith("+0.5000; one window gives no standard error.")
 
 
 @pytest.mark.parametrize(
@@ -170,15 +175,31 @@ def test_the_shipped_card_is_made_of_its_own_record_and_report_and_the_pages_tel
         assert f"**{facts['validation_loss']:.4f}**" in (ROOT / page).read_text(), page
 
 
+def test_published_figures_are_told_of_the_text_that_they_are_of() -> None:
+    folder = ROOT / "checkpoints" / "shakespeare"
+    facts, shape = json.loads((folder / "training.json").read_text()), checkpoint.read_config(folder)
+    assert "- below 1.7439 nats per character by step 200" in training_section(shape, facts)
+    facts["corpus"]["name"] = "verse"
+    assert "- below" not in training_section(shape, facts)
+
+
+def test_a_card_of_too_many_experts_says_why_it_tells_nothing_of_each() -> None:
+    folder = ROOT / "checkpoints" / "shakespeare"
+    facts, report = (json.loads((folder / name).read_text()) for name in ("training.json", "report.json"))
+    report |= {"favourites": None, "classes": None, "causal_map": None}
+    shape = dataclasses.replace(checkpoint.read_config(folder), num_experts=1024)
+    assert "is told of at most 512 experts" in card("any", shape, facts, report)
+
+
 def trained_on(
-    folder: Path, *, text: str = "1", name: str = "verse", batch_size: int = 8, seed: int = 1, of_bytes: bool = False
+    folder: Path, *, text: str = "1", name: str = "verse", of_bytes: bool = False, layers: int = 3, **told: Any
 ) -> Path:
     """A tiny checkpoint whose record says what it was trained on; text stands for a SHA-256."""
     tokenizer = Tokenizer.of_bytes() if of_bytes else Tokenizer.of_characters(CHARACTERS)
-    files = tiny_files(tiny_model(vocab_size=tokenizer.vocab_size), tokenizer)
-    config = {"steps": 2, "batch_size": batch_size, "seed": seed, "tokenizer": "byte" if of_bytes else "character"}
-    told = {"config": config, "corpus": {"name": name, "sha256": {"train": text, "validation": text}}}
-    checkpoint.save(folder, as_trained(files, **told))
+    files = tiny_files(tiny_model(vocab_size=tokenizer.vocab_size, num_layers=layers), tokenizer)
+    config = {"steps": 2, "batch_size": 8, "seed": 1, "tokenizer": "byte" if of_bytes else "character", **told}
+    corpus = {"name": name, "sha256": {"train": text, "validation": text}}
+    checkpoint.save(folder, as_trained(files, config=config, corpus=corpus))
     return folder
 
 
@@ -188,6 +209,9 @@ def trained_on(
         ({"of_bytes": True}, "tokenizer"),
         ({"seed": 2}, "seed"),
         ({"batch_size": 4}, "batch_size"),
+        ({"dropout": 0.5}, "dropout"),
+        ({"matrix_learning_rate": 0.0}, "matrix_learning_rate"),
+        ({"layers": 2}, "num_layers"),
         ({"text": "2"}, "text"),
     ],
 )
@@ -201,7 +225,7 @@ def test_a_control_of_another_training_is_refused_by_what_differs(
 
 def test_a_control_may_have_read_the_same_text_under_another_name(tmp_path: Path) -> None:
     mixture = checkpoint.load(trained_on(tmp_path / "mixture"))
-    figures = control_figures(trained_on(tmp_path / "control", name="copy"), mixture)
+    figures = control_figures(trained_on(tmp_path / "control", name="copy", balance_weight=0.0), mixture)
     assert figures["parameters"] == mixture.config.num_parameters
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from training.record import code_block, code_fence, introduction, training_section
+from training.report.experts import MOST_EXPERTS
 
 
 def card(name: str, config: ModelConfig, facts: dict[str, Any], report: dict[str, Any]) -> str:
@@ -16,8 +17,8 @@ def card(name: str, config: ModelConfig, facts: dict[str, Any], report: dict[str
         training_section(config, facts) + "\n\n![loss over training](loss.png)",
         _results(report),
         _control(report),
-        _load(report),
-        _likes(report),
+        _load(facts, report),
+        _likes(config, report),
         _causal(report),
         _samples(report),
     ]
@@ -31,13 +32,18 @@ def reading(causal: dict[str, Any]) -> str:
         for layer, row in enumerate(zip(causal["cost"], causal["standard_error"], strict=True))
         for expert, (cost, error) in enumerate(zip(*row, strict=True))
     ]
-    (most, _, dearest), (least, _, cheapest) = max(cells), min(cells)
+    most, _, dearest = max(cells, key=lambda cell: cell[0])
+    least, _, cheapest = min(cells, key=lambda cell: cell[0])
     median = statistics.median(cost for cost, _, _ in cells)
-    clear = sum(cost > 2 * error for cost, error, _ in cells if error is not None)
-    return (
+    said = (
         f"Silencing {dearest} costs most, {most:+.4f} nats per token where the median expert costs {median:+.4f}; "
-        f"{cheapest} costs least, {least:+.4f}; for {clear} of {len(cells)} the cost is above twice its standard error."
+        f"{cheapest} costs least, {least:+.4f}"
     )
+    known = [(cost, error) for cost, error, _ in cells if error is not None]
+    if not known:
+        return f"{said}; one window gives no standard error."
+    clear = sum(cost > 2 * error for cost, error in known)
+    return f"{said}; for {clear} of {len(known)} the cost is above twice its standard error."
 
 
 def _results(report: dict[str, Any]) -> str:
@@ -73,12 +79,12 @@ def _control(report: dict[str, Any]) -> str:
         lines.append(f"| {what} | {mixture[key]:{form}} | {dense[key]:{form}} |")
     gain = dense["validation_loss"] - mixture["validation_loss"]
     than = f"{'better' if gain > 0 else 'worse'} than its control, of one run each"
-    verdict = f"The mixture is {abs(gain):.4f} nats per token {than}."
+    verdict = f"This model is {abs(gain):.4f} nats per token {than}."
     head = ["## The control", "", "The same data and steps with other experts.", "", "| | this model | control |"]
     return "\n".join([*head, "|---|---|---|", *lines, "", verdict])
 
 
-def _load(report: dict[str, Any]) -> str:
+def _load(facts: dict[str, Any], report: dict[str, Any]) -> str:
     lines = [
         f"| {layer} | {row['max_load_ratio']:.2f} | {row['entropy_ratio']:.4f} | {row['idle']} |"
         for layer, row in enumerate(report["load"])
@@ -87,7 +93,7 @@ def _load(report: dict[str, Any]) -> str:
         [
             "## The experts' load",
             "",
-            "On the whole validation text.",
+            f"Over the {facts['validation_windows']:,} windows of the validation loss.",
             "",
             "| layer | busiest expert, times the mean | entropy, 1 at balance | idle |",
             "|---|---|---|---|",
@@ -98,7 +104,9 @@ def _load(report: dict[str, Any]) -> str:
     )
 
 
-def _likes(report: dict[str, Any]) -> str:
+def _likes(config: ModelConfig, report: dict[str, Any]) -> str:
+    if config.num_layers * config.num_experts > MOST_EXPERTS:
+        return f"What each expert likes and costs is told of at most {MOST_EXPERTS} experts in all layers together."
     if not report["favourites"]:
         return ""
     return "\n".join(

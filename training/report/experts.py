@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.routing import load_entropy_ratio, max_load_ratio
 from model.transformer import Transformer
-from training.evaluate import WINDOWS_AT_ONCE
+from training.evaluate import spread_windows, windows_at_once
 
 # Beyond this a picture of single experts shows nothing, and a causal map would take a night.
 MOST_EXPERTS = 512
@@ -47,14 +47,6 @@ def class_of(token_bytes: bytes) -> str:
     return "digit" if plain.isdigit() else "punctuation"
 
 
-def spread_windows(ids: Tensor, length: int, most: int) -> tuple[Tensor, Tensor]:
-    """At most ``most`` exact windows, spread evenly over a text: inputs and targets (W, T)."""
-    available = (len(ids) - 1) // length
-    chosen = torch.linspace(0, available - 1, min(most, available), device=ids.device).round().long()
-    rows = chosen[:, None] * length + torch.arange(length + 1, device=ids.device)
-    return ids[rows[:, :-1]], ids[rows[:, 1:]]
-
-
 @torch.inference_mode()
 def count_choices(model: Transformer, inputs: Tensor) -> Tensor:
     """How often each expert took each token of the vocabulary: inputs (W, T) -> (L, E, V) int64.
@@ -64,7 +56,7 @@ def count_choices(model: Transformer, inputs: Tensor) -> Tensor:
     config = model.config
     shape = (config.num_layers, config.num_experts, config.vocab_size)
     counts = torch.zeros(shape, dtype=torch.int64, device=inputs.device)
-    for x in inputs.split(WINDOWS_AT_ONCE):
+    for x in inputs.split(windows_at_once(config)):
         for layer, routing in enumerate(model(x)[1]):
             cells = routing.expert_ids * config.vocab_size + x.flatten()[:, None]  # (W * T, K)
             counts[layer] += torch.bincount(cells.flatten(), minlength=shape[1] * shape[2]).view(shape[1:])
@@ -84,7 +76,7 @@ def chosen_by_class(model: Transformer, ids: Tensor, token_bytes: Sequence[bytes
     """
     if model.config.num_layers * model.config.num_experts > MOST_EXPERTS:
         return None
-    inputs, _ = spread_windows(ids, model.config.context_length, WINDOWS_AT_ONCE)
+    inputs, _ = spread_windows(ids, model.config.context_length, windows_at_once(model.config))
     counts: list[list[list[int]]] = by_class(count_choices(model, inputs), token_bytes).tolist()
     return counts
 
@@ -172,8 +164,8 @@ def causal_map(model: Transformer, inputs: Tensor, targets: Tensor) -> CausalMap
 @torch.inference_mode()
 def window_losses(model: Transformer, inputs: Tensor, targets: Tensor, disabled: Tensor | None = None) -> Tensor:
     """Nats per token of each window: (W, T) -> (W), float64 on the CPU."""
-    losses = []
-    for x, y in zip(inputs.split(WINDOWS_AT_ONCE), targets.split(WINDOWS_AT_ONCE), strict=True):
+    losses, at_once = [], windows_at_once(model.config)
+    for x, y in zip(inputs.split(at_once), targets.split(at_once), strict=True):
         logits, _ = model(x, disabled)
         losses.append(F.cross_entropy(logits.transpose(1, 2), y, reduction="none").double().mean(1).cpu())
     return torch.cat(losses)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from training import runs
 from training.baselines import bits_per_character
-from training.config import BadConfig
+from training.config import BadConfig, TrainingConfig
 from training.corpora import Corpus
+from training.evaluate import spread_windows
 from training.history import lowest
 from training.record import require_text_of, require_trained
 from training.report import experts, pictures
@@ -30,6 +32,17 @@ from training.sample import from_a_new_line
 CARD = "README.md"
 PICTURES = ("loss.png", "load.png", "classes.png", "causal-map.png", "specialisation.gif")
 SAMPLES, SAMPLE_LENGTH = 4, 500
+
+# What a control need not share with its mixture: what is compared in another form, and what makes up experts, their
+# choice and its balance.
+TOLD_OTHERWISE = {
+    *("corpus", "items", "tokenizer", "bpe_vocab_size", "steps", "shape", "evaluate_every"),
+    *("balance_weight", "z_weight", "importance_weight", "load_weight", "router_noise", "jitter", "capacity_factor"),
+}
+OF_EXPERTS = {
+    *("num_experts", "experts_per_token", "expert_size", "activation"),
+    *("num_groups", "groups_per_token", "gates_over"),
+}
 
 
 def write(
@@ -124,14 +137,17 @@ def control_figures(folder: Path, mixture: Checkpoint) -> dict[str, Any]:
 
 
 def _trained_on(loaded: Checkpoint) -> dict[str, Any]:
-    """The text, how it is spelled, and which batches of it: a seed and a batch size draw the same windows."""
+    """The text and how it is spelled, the steps and how they were made, and the shape: all but the experts."""
     facts = loaded.training
+    defaults = TrainingConfig().as_dict().items()  # an older run had those of what came later
+    made = {what: facts["config"].get(what, default) for what, default in defaults if what not in TOLD_OTHERWISE}
     return {
         "text": facts["corpus"]["sha256"],
         "tokenizer": loaded.tokenizer.token_bytes,
         "steps": facts["steps"],
         "tokens": facts["tokens"],
-        **{what: facts["config"][what] for what in ("batch_size", "seed")},
+        **made,
+        **{what: value for what, value in asdict(loaded.config).items() if what not in OF_EXPERTS},
     }
 
 
@@ -142,7 +158,7 @@ def _sizes(shape: ModelConfig) -> dict[str, int]:
 def _of_experts(loaded: Checkpoint, corpus: Corpus, windows: int) -> dict[str, Any]:
     config, tokenizer = loaded.config, loaded.tokenizer
     ids = torch.tensor(tokenizer.encode(corpus.validation), device=loaded.model.device)
-    inputs, targets = experts.spread_windows(ids, config.context_length, windows)
+    inputs, targets = spread_windows(ids, config.context_length, windows)
     few = config.num_layers * config.num_experts <= experts.MOST_EXPERTS
     found: dict[str, Any] = {
         "tokens_counted": inputs.numel(),
