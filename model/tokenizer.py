@@ -23,7 +23,7 @@ PROBE = "a  b\n c"
 PIECE = 2**18
 """Characters of a text that are spelled at once, and some more to the next place where it can be cut."""
 
-_LINE_END = re.compile(r"(?<=\w)\n")
+_WORD_END = re.compile(r"(?<=\S)[ \r\n]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 # The likeliest comes first, for a vocabulary that has it and not the plain one.
@@ -112,7 +112,7 @@ class Tokenizer:
         if getattr(inner.model, "dropout", None):
             raise ValueError("it joins its pairs by chance")
         self._characters = frozenset(each for each in spellings if len(each) == 1)
-        if self.is_of_bytes and self.decode(self.encode(PROBE)) != PROBE:
+        if self.is_of_bytes and self.decode(inner.encode(PROBE, add_special_tokens=False).ids) != PROBE:
             raise ValueError("it adds to the text or drops of it before it spells it")
 
     @classmethod
@@ -221,9 +221,9 @@ class Tokenizer:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A text cut at line ends behind a letter, digit or underscore: GPT-2's words end there whatever is around them."""
+    """A text cut where a space or line end follows what is none: GPT-2's words end there whatever is around them."""
     start = 0
-    while len(text) - start > PIECE and (found := _LINE_END.search(text, start + PIECE)):
+    while len(text) - start > PIECE and (found := _WORD_END.search(text, start + PIECE)):
         yield text[start : found.start()]
         start = found.start()
     yield text[start:]

@@ -25,6 +25,8 @@ ITEMS_SEED = 1
 TINY_FILE = "tinyshakespeare.txt"
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+VALIDATION_SHA256 = "c54f3753a4e6e3c3d1759212815a7caf826e68a33021b25312984400bed40a1f"
+"""Of the last tenth of tiny Shakespeare, with which both corpora validate."""
 
 PLAYS_URL = (
     "https://raw.githubusercontent.com/martin-gorner/tensorflow-rnn-shakespeare/"

@@ -19,7 +19,7 @@ from training import Refused
 from training.sample import read
 
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 24 * 256, 2**26
-"""What is scored at once: as little as keeps a look within some hundred MB, whatever the window and vocabulary are."""
+"""What is scored at once, unless one window has more: some hundred MB."""
 
 
 class TooShort(Refused):

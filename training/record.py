@@ -17,7 +17,7 @@ from model.generate import generate
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.config import CHOICES, BadConfig
-from training.corpora import NAMES, Corpus
+from training.corpora import VALIDATION_SHA256, Corpus
 
 KNOWN_TOKENS = 64
 KNOWN_PROMPTS = ("ROMEO:\n", "KING HENRY:\n", "First Citizen:\n", "The ")
@@ -151,7 +151,7 @@ def training_section(config: ModelConfig, facts: dict[str, Any]) -> str:
         f"- below {milestone} nats per character by step {at['step']:,}, "
         f"after {at['tokens']:,} tokens and {at['seconds'] / 60:.1f} minutes"
         for milestone, at in facts["milestones"].items()
-        if facts["corpus"]["name"] in NAMES  # published ones, of this text
+        if facts["corpus"]["sha256"].get("validation") == VALIDATION_SHA256  # published ones, of this text
     ]
     lines += [
         f"- resumed at step {at['step']:,} with {at['to']:,} steps to make instead of {at['from']:,}, and the learning "

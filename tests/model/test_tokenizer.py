@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from model.tokenizer import BYTE_LETTERS, FILE, Tokenizer, UnknownCharacters
+from model.tokenizer import BYTE_LETTERS, FILE, Tokenizer, UnknownCharacters, _pieces
 from tests.checkpoints import CHARACTERS
 
 TOKENIZER = Tokenizer.of_characters(CHARACTERS)
@@ -193,19 +193,24 @@ def test_long_lines_without_spaces_are_learnt_in_pieces_and_ordinary_text_as_it_
 
 def test_a_long_text_is_spelled_in_pieces_and_as_the_library_does_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(TEXTS) * 20 + (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
-    for tokenizer in (Tokenizer.of_bytes(), Tokenizer.of_bpe(text, 600)):
+    text += "So, he said, they'll.\r\n\r\n x_1\u2028!\x1c \u0301 9\n" * 9
+    learnt = Tokenizer.of_bpe(text, 600)
+    for tokenizer in (Tokenizer.of_bytes(), learnt):
         whole = tokenizers.Tokenizer.from_str(tokenizer.files()[FILE].decode()).encode(text).ids
         for piece in (1, 50, 1000):
             monkeypatch.setattr("model.tokenizer.PIECE", piece)
             assert tokenizer.encode(text) == whole
             assert tokenizer.encode("") == []
+            assert Tokenizer.of_bpe(text, 600).files() == learnt.files()
+    monkeypatch.setattr("model.tokenizer.PIECE", 1)
+    assert max(map(len, _pieces("in a line. \n" * 100))) <= 8
     # Of other rules for words nobody knows where they may be cut: this one takes a line end to the word before it.
     other = tokenizers.Tokenizer.from_str(Tokenizer.of_bpe("end.\nend.\n" * 9, 300).files()[FILE].decode())
     words = pre_tokenizers.Split(tokenizers.Regex(r"\w+\n?|\W"), behavior="isolated")
     other.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=BYTE_LETTERS, show_progress=False)
     other.train_from_iterator(["end\n" * 9], trainer)
-    assert Tokenizer(other).encode("end\nend") == other.encode("end\nend").ids
+    assert Tokenizer(other).encode("end\nend\nend") == other.encode("end\nend\nend").ids
 
 
 def test_a_vocabulary_without_all_bytes_is_refused() -> None:
@@ -237,10 +242,11 @@ def test_a_file_that_would_change_the_text_is_refused(tmp_path: Path, change: di
         ({"pre_tokenizer": {"add_prefix_space": True}}, "adds to the text"),
     ],
 )
+@pytest.mark.parametrize("vocab_size", [256, 260])
 def test_a_rule_that_spells_another_text_or_by_chance_is_refused(
-    tmp_path: Path, change: dict[str, dict[str, object]], message: str
+    tmp_path: Path, vocab_size: int, change: dict[str, dict[str, object]], message: str
 ) -> None:
-    rule = json.loads(Tokenizer.of_bpe("ab ba " * 50, 260).files()[FILE])
+    rule = json.loads(Tokenizer.of_bpe("ab ba " * 50, vocab_size).files()[FILE])
     for part, values in change.items():
         rule[part] |= values
     (tmp_path / FILE).write_text(json.dumps(rule))

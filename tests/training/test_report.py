@@ -179,7 +179,7 @@ def test_published_figures_are_told_of_the_text_that_they_are_of() -> None:
     folder = ROOT / "checkpoints" / "shakespeare"
     facts, shape = json.loads((folder / "training.json").read_text()), checkpoint.read_config(folder)
     assert "- below 1.7439 nats per character by step 200" in training_section(shape, facts)
-    facts["corpus"]["name"] = "verse"
+    facts["corpus"] = {"name": "shakespeare", "sha256": Corpus("shakespeare", "a", "b").digests}  # a file's name
     assert "- below" not in training_section(shape, facts)
 
 
@@ -192,14 +192,21 @@ def test_a_card_of_too_many_experts_says_why_it_tells_nothing_of_each() -> None:
 
 
 def trained_on(
-    folder: Path, *, text: str = "1", name: str = "verse", of_bytes: bool = False, layers: int = 3, **told: Any
+    folder: Path,
+    *,
+    text: str = "1",
+    name: str = "verse",
+    of_bytes: bool = False,
+    layers: int = 3,
+    windows: int = 4,
+    **told: Any,
 ) -> Path:
     """A tiny checkpoint whose record says what it was trained on; text stands for a SHA-256."""
     tokenizer = Tokenizer.of_bytes() if of_bytes else Tokenizer.of_characters(CHARACTERS)
     files = tiny_files(tiny_model(vocab_size=tokenizer.vocab_size, num_layers=layers), tokenizer)
     config = {"steps": 2, "batch_size": 8, "seed": 1, "tokenizer": "byte" if of_bytes else "character", **told}
     corpus = {"name": name, "sha256": {"train": text, "validation": text}}
-    checkpoint.save(folder, as_trained(files, config=config, corpus=corpus))
+    checkpoint.save(folder, as_trained(files, config=config, corpus=corpus, validation_windows=windows))
     return folder
 
 
@@ -210,6 +217,8 @@ def trained_on(
         ({"seed": 2}, "seed"),
         ({"batch_size": 4}, "batch_size"),
         ({"dropout": 0.5}, "dropout"),
+        ({"steps": 200}, "steps"),
+        ({"windows": 9}, "number of validation windows"),
         ({"matrix_learning_rate": 0.0}, "matrix_learning_rate"),
         ({"layers": 2}, "num_layers"),
         ({"text": "2"}, "text"),

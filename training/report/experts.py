@@ -21,6 +21,9 @@ from training.evaluate import spread_windows, windows_at_once
 # Beyond this a picture of single experts shows nothing, and a causal map would take a night.
 MOST_EXPERTS = 512
 
+NOTED_WINDOWS = 24
+"""On which a run notes at every look what its experts are chosen for."""
+
 CLASSES = ("newline", "space", "upper case", "vowel", "consonant", "digit", "punctuation", "other")
 _VOWELS = frozenset("aeiou")
 
@@ -76,7 +79,7 @@ def chosen_by_class(model: Transformer, ids: Tensor, token_bytes: Sequence[bytes
     """
     if model.config.num_layers * model.config.num_experts > MOST_EXPERTS:
         return None
-    inputs, _ = spread_windows(ids, model.config.context_length, windows_at_once(model.config))
+    inputs, _ = spread_windows(ids, model.config.context_length, NOTED_WINDOWS)
     counts: list[list[list[int]]] = by_class(count_choices(model, inputs), token_bytes).tolist()
     return counts
 

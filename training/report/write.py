@@ -36,7 +36,7 @@ SAMPLES, SAMPLE_LENGTH = 4, 500
 # What a control need not share with its mixture: what is compared in another form, and what makes up experts, their
 # choice and its balance.
 TOLD_OTHERWISE = {
-    *("corpus", "items", "tokenizer", "bpe_vocab_size", "steps", "shape", "evaluate_every"),
+    *("corpus", "items", "tokenizer", "bpe_vocab_size", "shape", "evaluate_every"),
     *("balance_weight", "z_weight", "importance_weight", "load_weight", "router_noise", "jitter", "capacity_factor"),
 }
 OF_EXPERTS = {
@@ -144,8 +144,10 @@ def _trained_on(loaded: Checkpoint) -> dict[str, Any]:
     return {
         "text": facts["corpus"]["sha256"],
         "tokenizer": loaded.tokenizer.token_bytes,
-        "steps": facts["steps"],
+        "number of steps": facts["steps"],  # of those that it planned, with which its rates fell
         "tokens": facts["tokens"],
+        "number of validation windows": facts["validation_windows"],
+        "history of being lengthened": facts.get("extended", []),
         **made,
         **{what: value for what, value in asdict(loaded.config).items() if what not in OF_EXPERTS},
     }
