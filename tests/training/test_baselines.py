@@ -73,6 +73,7 @@ def test_a_milestone_is_passed_per_character_and_not_per_token() -> None:
     assert set(of_pairs.milestones) == {"1.7439"}  # 1.5
 
 
+@pytest.mark.usefixtures("corpus")  # it loads the true one as well
 def test_a_file_that_is_called_as_a_corpus_is_not_taken_for_it(text: Path) -> None:
     """Its model would be scored on text that it has never seen, under its own text's name."""
     file = text.rename(text.with_name("tinyshakespeare"))
