@@ -1,8 +1,7 @@
-"""A report's figures against cases worked by hand, and the whole command on a run of seconds."""
+"""Whose report may be written and what it is held against, and the whole command on a run of seconds."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from markdown_it import MarkdownIt
 
 from model import checkpoint
 from model.checkpoint import CheckpointError
@@ -22,173 +20,9 @@ from training import config as configs
 from training import corpora, runs
 from training.config import BadConfig
 from training.corpora import Corpus
-from training.evaluate import spread_windows
-from training.record import training_section
-from training.report import experts, pictures
-from training.report.card import card, reading
-from training.report.overlap import longest_overlap
+from training.report import pictures
 from training.report.write import control_figures, write
 from training.trainer import Trainer
-
-
-def test_every_token_has_the_class_of_its_first_character_that_is_no_space() -> None:
-    tokens = [
-        "\n",
-        " ",
-        "A",
-        "e",
-        "t",
-        "7",
-        "!",
-        "é",
-        " the",
-        " \n",
-        "",
-        "—",
-        "bytes:\\xc3",  # the letters, which are a text
-    ]
-    named = ["newline", "space", "upper case", "vowel", "consonant", "digit", "punctuation"]
-    assert [experts.class_of(token.encode()) for token in tokens] == [
-        *named, "vowel", "consonant", "newline", "other", "other", "consonant",
-    ]  # fmt: skip
-    assert [experts.class_of(part) for part in (b"\xc3", b" \xf0", "о".encode())] == ["other"] * 3
-
-
-def test_lift_is_one_without_preference_and_the_number_of_experts_for_a_sole_taker() -> None:
-    even = experts.lift(torch.tensor([[[3, 6], [3, 6]]]))
-    assert even.tolist() == [[[1, 1], [1, 1]]]
-    split = experts.lift(torch.tensor([[[8, 0, 0], [0, 8, 0]]]))
-    assert split[..., :2].tolist() == [[[2, 0], [0, 2]]]
-    assert split[..., 2].isnan().all()
-
-
-def test_favourites_are_what_an_expert_took_most_of_beyond_its_share() -> None:
-    counts = torch.tensor([[[90, 10, 1], [10, 90, 0]]])
-    (first, second), = experts.favourites(counts, ["a", "b", "z"], experts_per_token=1)  # fmt: skip
-    assert [like["token"] for like in first] == ["a", "z"]  # z has the higher lift, and one occurrence
-    assert first[0]["taken"] == 0.9
-    assert second == [{"token": "b", "lift": 1.81, "taken": 0.9}]
-
-
-def test_load_of_a_balanced_and_of_a_collapsed_layer() -> None:
-    balanced, collapsed = experts.load(torch.tensor([[5, 5, 5, 5], [0, 0, 20, 0]]))
-    assert (balanced["max_load_ratio"], balanced["entropy_ratio"], balanced["idle"]) == (1, 1, 0)
-    assert (collapsed["max_load_ratio"], collapsed["entropy_ratio"], collapsed["idle"]) == (4, 0, 3)
-    (single,) = experts.load(torch.tensor([[20]]))
-    assert (single["max_load_ratio"], single["entropy_ratio"], single["idle"]) == (1, 1, 0)
-
-
-def test_choices_are_counted_under_the_token_that_was_fed() -> None:
-    model = tiny_model()
-    inputs = torch.tensor([[3, 3, 7, 9]] * 30)  # more than one batch of windows
-    counts = experts.count_choices(model, inputs)
-    assert counts.sum((1, 2)).tolist() == [2 * inputs.numel()] * 3
-    assert counts.sum(1)[0].nonzero().flatten().tolist() == [3, 7, 9]
-    assert counts.sum(1)[0, 3] == 2 * 60
-    chosen = model(inputs)[1][0].expert_ids[inputs.flatten() == 9]
-    assert counts[0, :, 9].tolist() == torch.bincount(chosen.flatten(), minlength=4).tolist()
-
-
-def test_windows_are_exact_and_reach_from_the_first_to_the_last() -> None:
-    inputs, targets = spread_windows(torch.arange(101), length=10, most=3)
-    assert inputs[:, 0].tolist() == [0, 40, 90]
-    assert torch.equal(targets, inputs + 1)
-
-
-def test_the_causal_map_is_the_loss_without_an_expert_minus_with_it() -> None:
-    model = tiny_model()
-    silent = model.layers[1].moe.experts
-    with torch.no_grad():
-        for weight in silent.parameters():
-            weight.zero_()  # a layer whose experts write nothing
-    ids = torch.randint(0, 65, (5, 33), generator=torch.Generator().manual_seed(1))
-    found = experts.causal_map(model, ids[:, :-1], ids[:, 1:])
-    assert found.cost[1].abs().max() < 1e-6
-    disabled = torch.zeros(1, 3, 4, dtype=torch.bool)
-    disabled[0, 2, 3] = True
-    with torch.inference_mode():
-        losses = [
-            torch.nn.functional.cross_entropy(model(ids[:, :-1], off)[0].flatten(0, 1), ids[:, 1:].flatten()).item()
-            for off in (None, disabled)
-        ]
-    assert found.baseline == pytest.approx(losses[0], abs=1e-5)
-    assert found.cost[2, 3].item() == pytest.approx(losses[1] - losses[0], abs=1e-5)
-    assert abs(found.cost[2, 3]) > 1e-4
-
-
-def test_the_reading_names_the_dearest_and_the_cheapest_expert() -> None:
-    causal = {"cost": [[0.01, 0.5], [0.02, -0.001]], "standard_error": [[0.01, 0.01], [0.001, 0.01]]}
-    sentence = reading(causal)
-    assert "expert 1 of layer 0 costs most, +0.5000" in sentence
-    assert "expert 1 of layer 1 costs least, -0.0010" in sentence
-    assert "for 2 of 4" in sentence
-    of_one_window = {"cost": [[0.5, 0.5]], "standard_error": [[None, None]]}
-    assert reading(of_one_window).endswith("+0.5000; one window gives no standard error.")
-
-
-@pytest.mark.parametrize(
-    ("sample", "text", "longest"),
-    [
-        ("abcdef", "xxcdexx", "cde"),
-        ("xyz", "abc", ""),
-        ("whole", "the whole of it", "whole"),
-        ("ab--abc", "abc", "abc"),
-        ("", "abc", ""),
-    ],
-)
-def test_the_longest_overlap(sample: str, text: str, longest: str) -> None:
-    assert longest_overlap(sample, text) == longest
-
-
-@pytest.mark.parametrize("passage", ["plain", "` and ```"])
-def test_whatever_a_model_writes_its_card_is_one_table_and_whole_code(passage: str) -> None:
-    """As Markdown is read: every token comes back from its cell, and no sample ends its own block."""
-    shown = {
-        "\n\n": r"\n\n",
-        " |": "\u2423|",
-        "|": "|",
-        "`": "`",
-        "a``|b": "a``|b",
-        "\\": "\\",
-        "\\|": "\\|",
-        " the ": "\u2423the\u2423",
-        "\t\u2028": r"\t\u2028",
-        "bytes:\\xc3": "bytes:\\xc3",
-    }
-    folder = ROOT / "checkpoints" / "shakespeare"
-    facts, report = (json.loads((folder / name).read_text()) for name in ("training.json", "report.json"))
-    report["favourites"] = [[[{"token": token, "lift": 2.0, "taken": 0.5}] for token in shown]] * 2
-    report["overlap"]["passage"] = passage
-    report["samples"] = [f"a list:\n{passage}\n```\ncode\n```", "the second"]
-    read = MarkdownIt("commonmark").enable("table").parse(card("any", checkpoint.read_config(folder), facts, report))
-    codes = [child.content for token in read for child in token.children or [] if child.type == "code_inline"]
-    assert codes[-2 * len(shown) - 1 :] == [*shown.values(), *shown.values(), repr(passage)]
-    assert [token.content.strip() for token in read if token.type == "fence"] == report["samples"]
-
-
-def test_the_shipped_card_is_made_of_its_own_record_and_report_and_the_pages_tell_its_loss() -> None:
-    folder = ROOT / "checkpoints" / "shakespeare"
-    facts, report = (json.loads((folder / name).read_text()) for name in ("training.json", "report.json"))
-    assert report["fingerprint"] == checkpoint.verify(folder).fingerprint
-    assert card("shakespeare", checkpoint.read_config(folder), facts, report) == (folder / "README.md").read_text()
-    for page in ("README.md", "docs/training.md"):
-        assert f"**{facts['validation_loss']:.4f}**" in (ROOT / page).read_text(), page
-
-
-def test_published_figures_are_told_of_the_text_that_they_are_of() -> None:
-    folder = ROOT / "checkpoints" / "shakespeare"
-    facts, shape = json.loads((folder / "training.json").read_text()), checkpoint.read_config(folder)
-    assert "- below 1.7439 nats per character by step 200" in training_section(shape, facts)
-    facts["corpus"] = {"name": "shakespeare", "sha256": Corpus("shakespeare", "a", "b").digests}  # a file's name
-    assert "- below" not in training_section(shape, facts)
-
-
-def test_a_card_of_too_many_experts_says_why_it_tells_nothing_of_each() -> None:
-    folder = ROOT / "checkpoints" / "shakespeare"
-    facts, report = (json.loads((folder / name).read_text()) for name in ("training.json", "report.json"))
-    report |= {"favourites": None, "classes": None, "causal_map": None}
-    shape = dataclasses.replace(checkpoint.read_config(folder), num_experts=1024)
-    assert "is told of at most 512 experts" in card("any", shape, facts, report)
 
 
 def trained_on(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from model import checkpoint
 from model.transformer import Transformer
@@ -24,7 +22,7 @@ from training import config as configs
 from training.chance import chance_in, noise_weights
 from training.config import BadConfig, TrainingConfig
 from training.corpora import Corpus
-from training.evaluate import evaluate, windows_at_once
+from training.evaluate import evaluate
 from training.history import flops_per_token
 from training.initialise import initialise
 from training.objective import objective
@@ -79,24 +77,6 @@ def test_who_asks_for_a_stop_during_a_look_gets_it_after_that_one(text: Path, mo
     assert len(looks) == 1
     assert folder.name == "step-2"
     assert checkpoint.read_record(folder)["validation_windows"] == 2
-
-
-def test_a_look_at_a_long_text_scores_windows_all_over_it_and_few_tokens_at_once() -> None:
-    model = tiny_model(vocab_size=2**14)
-    scored: list[Tensor] = []
-    model.register_forward_pre_hook(lambda _, inputs: scored.append(inputs[0]))
-    ids = torch.arange(32 * 300 + 1) % 2**14
-    assert evaluate(model, ids, most_tokens=32 * 200).num_windows == 200
-    windows = torch.cat(scored)
-    assert windows[0, 0] == 0
-    assert windows[-1, -1] == ids[-2]
-    assert windows[:, 0].diff().unique().tolist() == [32, 64]
-    # 2^26 logits of 16,384 tokens each are 128 windows of 32.
-    assert [len(each) for each in scored] == [128, 72]
-    assert evaluate(model, ids).num_windows == 300
-    assert evaluate(model, ids, most_tokens=1).num_windows == 1
-    config = dataclasses.replace(model.config, context_length=2**13)
-    assert windows_at_once(config) == 1
 
 
 def test_a_text_whose_file_name_is_no_utf8_is_trained_on(tmp_path: Path) -> None:
